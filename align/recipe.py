@@ -1,0 +1,357 @@
+"""The recipe: everything that a run depends on, typed, frozen, and refused where it says something unknown.
+
+Each class is one block of the YAML file; the sentence under a field is its documentation and goes into
+`align schema`.  Cross-field rules stand in the validators, and each message names the key and the way out.
+Reading a file, with positions for every error, is `align.recipe_file`.  This module imports pydantic only.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from align.verifiers.spec import VerifierSpec
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Block(BaseModel):
+    """A part of the recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Lora(Block):
+    """Train low-rank adapters instead of the weights; the reference is the model with the adapter off."""
+
+    r: Count = 16
+    """Rank of the adapters."""
+    alpha: Positive = 32.0
+    """Scale of the adapters; the update is multiplied by alpha / r."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Modules that get an adapter: `all-linear`, or a list of module names."""
+
+
+class Scratch(Block):
+    """A small Qwen3-shaped model with random weights and a one-token-per-character tokenizer."""
+
+    hidden_size: Count = 128
+    """Width of the residual stream."""
+    intermediate_size: Count = 384
+    """Width of the feed-forward layer."""
+    layers: Count = 4
+    """Number of layers."""
+    heads: Count = 4
+    """Number of attention heads."""
+    kv_heads: Count = 2
+    """Number of key and value heads."""
+    head_dim: Count = 32
+    """Width of one head; vLLM on CPU needs a multiple of 32."""
+    context: Count = 128
+    """Longest sequence, in tokens."""
+    tie_word_embeddings: bool = True
+    """Use the input embedding as the output head."""
+    characters: str = "0123456789+-*=;:, ()cqr?"
+    """The alphabet, one token each, beside the special tokens."""
+
+
+class Policy(Block):
+    """The model that is aligned."""
+
+    model: str | None = None
+    """Directory of a Hugging Face checkpoint (safetensors), or the name of one on the hub."""
+    revision: str | None = None
+    """Commit of a hub model; a run with a hub model should pin it."""
+    from_scratch: Scratch | None = None
+    """Make a new model of this shape instead of loading one; needs `cold_start`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Number format of the weights in training and in the sampler."""
+    lora: Lora | None = None
+    """Train adapters only."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Policy:
+        if (self.model is None) == (self.from_scratch is None):
+            raise ValueError("give exactly one of `model` and `from_scratch`")
+        return self
+
+
+class ColdStart(Block):
+    """Supervised fine-tuning before the first round, through TRL's SFTTrainer."""
+
+    source: str = "prompts"
+    """`prompts`: write solutions for the built-in task; otherwise a JSONL, CSV or Parquet file of prompt and response."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt, for a file."""
+    response_column: str = "response"
+    """Column that holds the response, for a file."""
+    examples: Count = 20000
+    """How many solutions to write (built-in task), or the most rows to read."""
+    error_rate: Fraction = 0.0
+    """Share of the written solutions that are wrong (built-in task)."""
+    steps: Count = 300
+    """Optimizer steps."""
+    batch_size: Count = 128
+    """Examples per optimizer step, over all ranks."""
+    learning_rate: Positive = 2e-3
+    """Peak learning rate, after a short warm-up, with cosine decay."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps of linear warm-up."""
+    weight_decay: NonNegative = 0.0
+    """AdamW weight decay."""
+
+
+class Arithmetic(Block):
+    """The built-in task: integer problems whose answer anybody can check, but only the gold verifier does."""
+
+    digits: Annotated[int, Field(ge=1, le=9)] = 3
+    """Digits of each operand; the first digit is never zero."""
+    operation: Literal["+", "-", "*"] = "+"
+    """What is asked."""
+    count: Count = 20000
+    """How many different problems to draw."""
+    solution: Literal["answer", "columns"] = "answer"
+    """What cold-start solutions look like: the bare answer, or column by column with carries and then the answer."""
+
+
+class Prompts(Block):
+    """Where the questions come from."""
+
+    source: str = "arithmetic"
+    """`arithmetic`, a JSONL, CSV or Parquet file, or `hub:<dataset>[:<split>]`."""
+    arithmetic: Arithmetic = Arithmetic()
+    """Settings of the built-in task."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt: text, or a list of chat messages."""
+    answer_column: str | None = None
+    """Column that holds the reference answer."""
+    split_column: str | None = None
+    """Column that says `train` or `eval` (also `test`, `validation`); without it, `eval_fraction` splits by prompt hash."""
+    revision: str | None = None
+    """Commit of a hub dataset."""
+    limit: Count | None = None
+    """Read at most this many rows."""
+    chat_template: bool = False
+    """Render each prompt with the tokenizer's chat template; otherwise it is used as it is."""
+    system_prompt: str | None = None
+    """System message, with a chat template."""
+    eval_fraction: Fraction = 0.1
+    """Share of the prompts kept out of training, by hash of the prompt, so it never changes with file order."""
+    dedupe: bool = True
+    """Drop repeated prompts; off, a repeated prompt is an error."""
+    max_tokens: Count | None = None
+    """Longest prompt; longer ones are dropped and counted. Default: what the model's context leaves for the response."""
+    max_dropped_fraction: Fraction = 0.0
+    """Refuse the source where more than this share is too long."""
+
+
+class Sampling(Block):
+    """How responses are drawn from the policy with vLLM."""
+
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """Responses per prompt and round."""
+    temperature: Positive = 1.0
+    """Softmax temperature."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling: keep the smallest set of tokens with this mass."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Keep this many tokens; 0 keeps all."""
+    max_new_tokens: Count = 512
+    """Longest response, in tokens."""
+    max_cut_fraction: Fraction = 1.0
+    """Stop the run where more than this share of a round's responses hits `max_new_tokens`."""
+    prompts_per_shard: Count = 256
+    """Prompts sampled and committed together: the unit that a resumed run repeats at most."""
+    attest_tolerance: Positive | None = None
+    """Largest mean |log-prob difference| between trainer and sampler after a weight sync. Default: by dtype."""
+    engine: dict[str, Any] = {}
+    """Further keyword arguments for `vllm.LLM`."""
+
+
+class Ensemble(Block):
+    """How the verdicts on one response become P(good) and a reward."""
+
+    method: Literal["auto", "mean", "majority", "dawid_skene"] = "auto"
+    """`mean` of rank-normalised scores, `majority` vote, or `dawid_skene` EM. `auto` is the mean."""
+    class_balance: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Share of good responses where it is known; otherwise estimated."""
+    prior_strength: NonNegative = 2.0
+    """Pseudo-votes of the Beta priors that tilt each verifier to better than chance."""
+    max_iterations: Count = 200
+    """Rounds of EM at most."""
+    min_voters: Count = 1
+    """A response with fewer verdicts gets no score and leaves the round."""
+
+
+class Pairs(Block):
+    """How scored responses become preference pairs."""
+
+    builder: Literal["best_worst", "all_margin", "top_bottom"] = "best_worst"
+    """One pair per prompt, every pair over the margin, or the top k against the bottom k."""
+    min_margin: NonNegative = 0.0
+    """Drop pairs whose rewards differ by no more than this."""
+    k: Count = 2
+    """How many from each end, for `top_bottom`."""
+    max_per_prompt: Count | None = None
+    """Keep at most this many pairs of a prompt, widest margin first."""
+    max_tie: Fraction = 1.0
+    """Drop pairs that are a tie with more than this probability."""
+    labels: Literal["soft", "hard"] = "soft"
+    """`soft` gives the loss P(win) and a weight; `hard` says the chosen one wins, weight 1."""
+
+
+class Loss(Block):
+    """The preference loss."""
+
+    name: Literal["dpo"] = "dpo"
+    """Which loss."""
+    beta: Positive = 0.1
+    """Strength of the pull to the reference."""
+    nll_weight: NonNegative = 0.0
+    """Factor of an added per-token negative log-likelihood of the chosen response."""
+
+
+class Training(Block):
+    """How the policy learns from the pairs, under DeepSpeed."""
+
+    algorithm: Literal["dpo"] = "dpo"
+    """Which trainer."""
+    loss: Loss = Loss()
+    """The loss and its settings."""
+    reference: Literal["initial", "round"] = "initial"
+    """The policy before the first round, or the policy at the start of each round."""
+    epochs: Count = 1
+    """Passes over a round's pairs."""
+    pairs_per_step: Count = 64
+    """Pairs per optimizer step, over all ranks. This is the batch size; it changes the mathematics."""
+    tokens_per_batch: Count = 8192
+    """Tokens per forward and backward on one rank. A memory knob; it never changes the mathematics."""
+    learning_rate: Positive = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate over the whole run, after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    weight_decay: NonNegative = 0.0
+    """AdamW weight decay."""
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW moment decays."""
+    adam_epsilon: Positive = 1e-8
+    """AdamW epsilon."""
+    max_grad_norm: Positive = 1.0
+    """Clip the global gradient norm to this."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 also gradients, 3 also weights."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep optimizer state, or with ZeRO-3 also weights, in CPU memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time, same result."""
+    logit_chunk_tokens: Count = 2048
+    """Response tokens sent through the output head at once. A memory knob."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept; an older one goes only after the newest was read back and verified."""
+    deepspeed: dict[str, Any] = {}
+    """Further DeepSpeed settings; keys that the recipe already decides are refused."""
+
+    @model_validator(mode="after")
+    def _offload_needs_sharding(self) -> Training:
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload: optimizer needs zero_stage 1, 2 or 3")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError("offload: all needs zero_stage: 3")
+        return self
+
+
+class Rounds(Block):
+    """How often the loop turns."""
+
+    count: Count = 3
+    """Rounds of sample, verify, pair, train."""
+    prompts_per_round: Count = 512
+    """Prompts drawn per round; the training prompts are used in a seeded order and come round again."""
+    on_empty: Literal["stop", "continue"] = "stop"
+    """What to do with a round that yields not one usable pair."""
+
+
+class Evaluation(Block):
+    """Measured before the first round, every `every` rounds, and after the last."""
+
+    prompts: Count = 256
+    """Held-out prompts used; fewer where the split has fewer."""
+    samples_per_prompt: Count = 4
+    """Responses per held-out prompt."""
+    temperature: Positive = 1.0
+    """Softmax temperature of the evaluation samples."""
+    k: tuple[Count, ...] = (1, 4)
+    """pass@k is reported for these k."""
+    every: Count = 1
+    """Rounds between evaluations."""
+    gold: VerifierSpec | None = None
+    """A verifier that training never sees; reported beside the proxy in every round."""
+    bootstrap: Count = 1000
+    """Resamples of the prompts behind each interval."""
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    """Mass of each interval."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Evaluation:
+        if self.k and max(self.k) > self.samples_per_prompt:
+            raise ValueError(f"k: pass@{max(self.k)} needs samples_per_prompt of at least {max(self.k)}")
+        return self
+
+
+class Export(Block):
+    """The Hugging Face checkpoint at the end."""
+
+    lora: Literal["merge", "keep"] = "merge"
+    """Fold adapters into the weights, or write the adapter beside a note of its base model."""
+    max_shard_size: str = "5GB"
+    """Largest weights file."""
+    tolerance: Positive | None = None
+    """Largest mean |log-prob difference| between the trained policy and the reloaded export. Default: by dtype."""
+
+
+class Recipe(Block):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    """Name of the run and of its directory under `output_dir`."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of everything that is drawn."""
+    output_dir: str = "runs"
+    """Directory that holds the run's directory."""
+    policy: Policy
+    cold_start: ColdStart | None = None
+    prompts: Prompts = Prompts()
+    sampling: Sampling = Sampling()
+    verifiers: Annotated[tuple[VerifierSpec, ...], Field(min_length=1)]
+    """What scores a response; each entry has a `kind` and a `name`."""
+    ensemble: Ensemble = Ensemble()
+    pairs: Pairs = Pairs()
+    training: Training = Training()
+    rounds: Rounds = Rounds()
+    evaluation: Evaluation = Evaluation()
+    export: Export = Export()
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Recipe:
+        names = [v.name for v in self.verifiers]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"verifiers: name {twice[0]!r} is used twice; give each verifier its own name")
+        gold = self.evaluation.gold
+        if gold is not None and gold.name in names:
+            raise ValueError(f"evaluation.gold: {gold.name!r} is also a verifier; the gold verifier must not train")
+        if self.policy.from_scratch is not None and self.cold_start is None:
+            raise ValueError("policy.from_scratch: a random model cannot sample; add a `cold_start` block")
+        if self.cold_start is not None and self.cold_start.source == "prompts" and self.prompts.source != "arithmetic":
+            raise ValueError("cold_start.source: `prompts` writes solutions for the arithmetic task only; name a file")
+        if self.sampling.max_new_tokens >= (self.policy.from_scratch or Scratch(context=10**9)).context:
+            raise ValueError("sampling.max_new_tokens: leaves no room for a prompt in policy.from_scratch.context")
+        return self

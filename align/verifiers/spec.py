@@ -1,0 +1,190 @@
+"""What a recipe may say of a verifier: one class per `kind`, all in one union.
+
+Only pydantic is imported here, so that a recipe is checked before anything heavy loads.  The classes that do
+the work stand in the modules beside this one; `align.verifiers.registry` maps each kind to its class.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class VerifierBlock(BaseModel):
+    """Settings that every verifier takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    """Name in reports and artifacts."""
+    family: str | None = None
+    """Verifiers that share a source of error (one judge under two prompts) share a family."""
+    invert: bool = False
+    """Swap yes and no, or negate the score: for a verifier that is known to prefer the wrong end."""
+    flip_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of a binary verifier's answers turned round, chosen by hash: for studying bad supervision."""
+    timeout_s: Annotated[float, Field(gt=0.0)] = 5.0
+    """Longest time one response may take; past it the verdict is none."""
+
+
+class AnswerSpec(VerifierBlock):
+    """The final answer against the reference answer of the prompt (binary)."""
+
+    kind: Literal["answer"]
+    match: Literal["exact", "math"] = "exact"
+    """Equal as text, or mathematically equal by math-verify."""
+    extract: Literal["last_number", "boxed", "whole", "pattern"] = "last_number"
+    """Which part of the response is the answer."""
+    pattern: str | None = None
+    """Regular expression whose first group is the answer, for `extract: pattern`."""
+
+    @model_validator(mode="after")
+    def _pattern_given(self) -> AnswerSpec:
+        if (self.extract == "pattern") != (self.pattern is not None):
+            raise ValueError("pattern: goes with `extract: pattern`, and only with it")
+        if self.pattern is not None:
+            compile_pattern(self.pattern)
+        return self
+
+
+class ArithmeticSpec(VerifierBlock):
+    """A consistency check on `a+b=`, `a-b=` or `a*b=` that does not work the problem out (binary)."""
+
+    kind: Literal["arithmetic"]
+    check: Literal["nines", "last_digit", "parity", "magnitude", "first_digit", "no_carry"]
+    """Casting out nines, the last digit, odd or even, number of digits and rough size, the first digit by rounding, or
+    the sum with every carry forgotten."""
+
+
+class FormatSpec(VerifierBlock):
+    """A regular expression on the response (binary)."""
+
+    kind: Literal["format"]
+    pattern: str
+    """The expression."""
+    where: Literal["whole", "anywhere"] = "whole"
+    """Must match the whole response, or anywhere in it."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> FormatSpec:
+        compile_pattern(self.pattern)
+        return self
+
+
+class LengthSpec(VerifierBlock):
+    """Length within bounds (binary)."""
+
+    kind: Literal["length"]
+    unit: Literal["tokens", "words", "characters"] = "tokens"
+    """What is counted."""
+    minimum: Annotated[int, Field(ge=0)] = 0
+    """Shortest length that passes."""
+    maximum: Annotated[int, Field(ge=0)] | None = None
+    """Longest length that passes."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LengthSpec:
+        if self.maximum is not None and self.maximum < self.minimum:
+            raise ValueError("maximum: is below `minimum`")
+        return self
+
+
+class RepetitionSpec(VerifierBlock):
+    """Share of n-grams of words that are not a repeat of an earlier one (score, 1 is best)."""
+
+    kind: Literal["repetition"]
+    n: Annotated[int, Field(ge=1)] = 4
+    """Length of the n-grams."""
+
+
+class LexiconSpec(VerifierBlock):
+    """Mean valence per word by a list of words (score)."""
+
+    kind: Literal["lexicon"]
+    file: str
+    """The list: `word<TAB>value` lines, pattern XML, or one word per line; may be gzipped."""
+    negative_file: str | None = None
+    """A second list of one word per line that counts -1; the first then counts +1."""
+
+
+class VocabularySpec(VerifierBlock):
+    """Share of words that stand in a dictionary (score)."""
+
+    kind: Literal["vocabulary"]
+    file: str
+    """The dictionary: the first field of each line is a word; may be gzipped."""
+
+
+class ReadabilitySpec(VerifierBlock):
+    """How easy the text reads (score)."""
+
+    kind: Literal["readability"]
+    formula: Literal["flesch", "dale_chall", "sentence_length"] = "flesch"
+    """Flesch reading ease, Dale-Chall with `file` as the list of easy words (negated: easier is larger), or mean words
+    per sentence (negated)."""
+    file: str | None = None
+    """List of easy words for `dale_chall`."""
+
+    @model_validator(mode="after")
+    def _list_given(self) -> ReadabilitySpec:
+        if (self.formula == "dale_chall") != (self.file is not None):
+            raise ValueError("file: goes with `formula: dale_chall`, and only with it")
+        return self
+
+
+class SelfConsistencySpec(VerifierBlock):
+    """Share of the prompt's other responses that give the same answer (score)."""
+
+    kind: Literal["self_consistency"]
+    extract: Literal["last_number", "boxed", "whole"] = "last_number"
+    """Which part of the response is the answer."""
+
+
+class NoiseSpec(VerifierBlock):
+    """A coin per response, by hash (binary): for studying bad supervision."""
+
+    kind: Literal["noise"]
+    rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Share of yes."""
+
+
+class RewardModelSpec(VerifierBlock):
+    """A sequence-classification checkpoint with one label, scored through vLLM pooling (score, raw logit)."""
+
+    kind: Literal["reward_model"]
+    model: str
+    """Directory of the checkpoint (safetensors), or its name on the hub."""
+    revision: str | None = None
+    """Commit of a hub model."""
+    chat_template: bool = False
+    """Render prompt and response with the reward model's chat template; otherwise prompt and response are joined."""
+    max_tokens: int | None = None
+    """Longest input; a longer one gets none, it is never cut."""
+    engine: dict[str, Any] = {}
+    """Further keyword arguments for `vllm.LLM`."""
+
+
+VerifierSpec = Annotated[
+    AnswerSpec
+    | ArithmeticSpec
+    | FormatSpec
+    | LengthSpec
+    | RepetitionSpec
+    | LexiconSpec
+    | VocabularySpec
+    | ReadabilitySpec
+    | SelfConsistencySpec
+    | NoiseSpec
+    | RewardModelSpec,
+    Field(discriminator="kind"),
+]
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The compiled expression; raises ValueError with the reason where it is not one."""
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"pattern: not a regular expression: {error}") from None

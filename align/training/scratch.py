@@ -13,7 +13,7 @@ from align.errors import InputError
 from align.recipe import Scratch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 """Special tokens, with ids 0, 1 and 2.  Padding differs from end-of-sequence, so that pooling models built on this
@@ -50,11 +50,12 @@ def build_tokenizer(shape: Scratch) -> PreTrainedTokenizerFast:
     )
 
 
-def _write_model(directory: Path, shape: Scratch, seed: int) -> None:
-    import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+def model_config(shape: Scratch) -> Qwen3Config:
+    """The architecture that a shape stands for; `align plan` counts its parameters from this."""
+    from transformers import Qwen3Config
 
-    config = Qwen3Config(
+    _check(shape)
+    return Qwen3Config(
         vocab_size=3 + len(shape.characters),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -69,9 +70,15 @@ def _write_model(directory: Path, shape: Scratch, seed: int) -> None:
         bos_token_id=None,
         dtype="float32",
     )
+
+
+def _write_model(directory: Path, shape: Scratch, seed: int) -> None:
+    import torch
+    from transformers import GenerationConfig, Qwen3ForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config).to(torch.float32)
+        model = Qwen3ForCausalLM(model_config(shape)).to(torch.float32)
     model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1)
     model.save_pretrained(directory)
 

@@ -1,0 +1,350 @@
+"""`align plan`: what a recipe will do and need, worked out without loading a model, and refused where it cannot fit.
+
+Counts are upper bounds: a response may end before `max_new_tokens`, and a prompt may give no pair.  Memory is in
+`align.memory`, the model's numbers in `align.model_shape`, the machine's in `align.machine`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.errors import InputError
+from align.machine import Machine, find_machine, free_disk
+from align.memory import DTYPE_BYTES, GIB, Part, memory_parts
+from align.model_shape import ModelShape, config_shape, load_config, policy_shape
+from align.recipe import Recipe
+
+if TYPE_CHECKING:
+    from align.prompts import PromptSet
+
+DEFAULT_CONTEXT = 2048
+"""Context of a model whose config.json names none, as in vLLM."""
+ROW_BYTES = 400
+"""Ids, numbers and names of one sample with its score and pair, before compression."""
+VERDICT_BYTES = 60
+"""One verdict, before compression."""
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What is known of the prompts.
+
+    Example: PromptFacts(train=18_000, eval=2_000, longest=8, read=True)
+    """
+
+    train: int | None  # None where the source was not read
+    eval: int | None
+    longest: int  # tokens; an upper bound where the source was not read
+    read: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, in the order of the run, with what one turn of it handles at most.
+
+    Example: Stage("sample", times=3, counts={"prompts": 512, "samples": 4096, "tokens sampled": 65_536})
+    """
+
+    name: str
+    times: int
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Bytes that one kind of artifact takes on disk at most.
+
+    Example: Store("checkpoints", 41_000_000, "3 x (P 791,296 x 4 + T 791,296 x 8)", "training.keep_checkpoints")
+    """
+
+    name: str
+    bytes: int
+    formula: str
+    knob: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `align plan` prints."""
+
+    recipe: str
+    ranks: int
+    policy: ModelShape
+    machine: Machine
+    prompts: PromptFacts
+    context: int
+    stages: tuple[Stage, ...]
+    memory: tuple[Part, ...]
+    disk: tuple[Store, ...]
+    disk_free: int
+    notes: tuple[str, ...]
+
+    def device_bytes(self) -> int:
+        """Memory one rank needs on its device; on a CPU this is all of it."""
+        return sum(p.bytes for p in self.memory if p.place == "device" or self.machine.kind == "cpu")
+
+    def host_bytes(self) -> int:
+        """Main memory one rank needs beside its GPU; 0 on a CPU, where the device is main memory."""
+        return sum(p.bytes for p in self.memory if p.place == "host" and self.machine.kind != "cpu")
+
+    def disk_bytes(self) -> int:
+        """Disk the run needs at its fullest."""
+        return sum(s.bytes for s in self.disk)
+
+    def total(self, count: str) -> int:
+        """One count, such as `tokens sampled`, over all stages and rounds."""
+        return sum(stage.times * stage.counts.get(count, 0) for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain dictionaries, with its totals, for plan.json."""
+        totals = {
+            "device_bytes": self.device_bytes(),
+            "host_bytes": self.host_bytes(),
+            "disk_bytes": self.disk_bytes(),
+            **{name.replace(" ", "_"): self.total(name) for name in ("tokens sampled", "tokens trained", "steps")},
+        }
+        return {**asdict(self), "totals": totals}
+
+
+def make_plan(
+    recipe: Recipe, ranks: int = 1, *, prompts: PromptSet | None = None, machine: Machine | None = None
+) -> Plan:
+    """Work out the plan and refuse it where it cannot fit; every reason at once.
+
+    `prompts` saves reading the source again; `machine` plans for another machine than this one.
+    Raises InputError for a missing model, a bad prompt source, and whatever exceeds context, memory or disk.
+    """
+    policy = policy_shape(recipe.policy)
+    context = _context(recipe, policy)
+    facts = _prompt_facts(recipe, policy, context, prompts)
+    machine = machine or find_machine(ranks)
+    longest = facts.longest + recipe.sampling.max_new_tokens
+    memory = memory_parts(recipe, policy, reward_shapes(recipe), machine, ranks=ranks, longest=longest)
+    stages = plan_stages(recipe, facts, ranks)
+    plan = Plan(
+        recipe=recipe.name,
+        ranks=ranks,
+        policy=policy,
+        machine=machine,
+        prompts=facts,
+        context=context,
+        stages=stages,
+        memory=memory,
+        disk=plan_disk(recipe, policy, facts, stages),
+        disk_free=free_disk(Path(recipe.output_dir)),
+        notes=(),
+    )
+    problems = find_problems(plan)
+    if problems:
+        raise InputError("\n".join(problems))
+    return Plan(**{**{f: getattr(plan, f) for f in plan.__dataclass_fields__}, "notes": find_notes(recipe, plan)})
+
+
+def reward_shapes(recipe: Recipe) -> dict[str, ModelShape]:
+    """Shape of every reward model, by the verifier's name, the gold verifier's too."""
+    gold = recipe.evaluation.gold
+    specs = [*recipe.verifiers, *([gold] if gold is not None else [])]
+    shapes = {}
+    for spec in specs:
+        if spec.kind == "reward_model":
+            config = load_config(spec.model, spec.revision, key=f"verifiers.{spec.name}.model")
+            shapes[spec.name] = config_shape(config, spec.model, classifier=True)
+    return shapes
+
+
+def _context(recipe: Recipe, policy: ModelShape) -> int:
+    """Longest prompt and response together; refuses a response that leaves no room for a prompt."""
+    context = policy.context or DEFAULT_CONTEXT
+    limit = recipe.sampling.engine.get("max_model_len")
+    source = "the model's context"
+    if limit is not None and int(limit) < context:
+        context, source = int(limit), "sampling.engine.max_model_len"
+    sampling, most = recipe.sampling, recipe.prompts.max_tokens
+    if sampling.max_new_tokens >= context:
+        raise InputError(
+            f"sampling.max_new_tokens: {sampling.max_new_tokens} leaves no room for a prompt in {source} of {context} "
+            f"tokens; lower it to {context - 1} or less"
+        )
+    if most is not None and most + sampling.max_new_tokens > context:
+        raise InputError(
+            f"prompts.max_tokens: {most} and sampling.max_new_tokens: {sampling.max_new_tokens} together exceed "
+            f"{source} of {context} tokens; lower one of them by {most + sampling.max_new_tokens - context}"
+        )
+    return context
+
+
+def _prompt_facts(recipe: Recipe, policy: ModelShape, context: int, prompts: PromptSet | None) -> PromptFacts:
+    """Read and tokenise the prompts, unless they lie on the hub: then only their bound is known."""
+    if prompts is None and recipe.prompts.source.startswith("hub:"):
+        bound = recipe.prompts.max_tokens or min(context - recipe.sampling.max_new_tokens, DEFAULT_CONTEXT)
+        return PromptFacts(None, None, bound, read=False)
+    if prompts is None:
+        from align.prompts import load_prompts
+
+        prompts = load_prompts(recipe, _tokenizer(recipe), policy.context)
+    longest = max((len(p.token_ids) for p in (*prompts.train, *prompts.eval)), default=0)
+    return PromptFacts(len(prompts.train), len(prompts.eval), longest, read=True)
+
+
+def _tokenizer(recipe: Recipe) -> Any:
+    if recipe.policy.from_scratch is not None:
+        from align.training.scratch import build_tokenizer
+
+        return build_tokenizer(recipe.policy.from_scratch)
+    from transformers import AutoTokenizer
+
+    model = recipe.policy.model
+    assert model is not None
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=recipe.policy.revision)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"policy.model: {model} has no tokenizer that transformers can read: {first_line}") from None
+
+
+def plan_stages(recipe: Recipe, facts: PromptFacts, ranks: int) -> tuple[Stage, ...]:
+    """The stages in order, with what each handles at most."""
+    from align.run import pairs_per_prompt
+
+    sampling, training, rounds = recipe.sampling, recipe.training, recipe.rounds
+    evaluation, gold = recipe.evaluation, int(recipe.evaluation.gold is not None)
+    response = sampling.max_new_tokens
+    samples = rounds.prompts_per_round * sampling.samples_per_prompt
+    held_out = min(evaluation.prompts, facts.eval) if facts.eval is not None else evaluation.prompts
+    eval_samples = held_out * evaluation.samples_per_prompt
+    evaluations = len({r for r in range(rounds.count) if r % evaluation.every == 0}) + 1
+    voters = len(recipe.verifiers)
+    pairs = rounds.prompts_per_round * pairs_per_prompt(recipe)
+    steps = math.ceil(pairs * training.epochs / training.pairs_per_step)
+    tokens = pairs * training.epochs * (facts.longest + 2 * response)
+    stages = []
+    start = recipe.cold_start
+    if start is not None:
+        seen = start.steps * start.batch_size
+        counts = {"examples": seen, "steps": start.steps, "tokens trained": seen * (facts.longest + response)}
+        stages.append(Stage("cold start", 1, counts))
+    measured = {
+        "prompts": held_out,
+        "samples": eval_samples,
+        "tokens sampled": eval_samples * response,
+        "verdicts": eval_samples * (voters + gold),
+    }
+    drawn = {"prompts": rounds.prompts_per_round, "samples": samples, "tokens sampled": samples * response}
+    return (
+        *stages,
+        Stage("evaluate", evaluations, measured),
+        Stage("sample", rounds.count, drawn),
+        Stage("verify", rounds.count, {"verdicts": samples * (voters + gold)}),
+        Stage("combine", rounds.count, {"scores": samples}),
+        Stage("pair", rounds.count, {"pairs": pairs}),
+        Stage("train", rounds.count, {"pairs": pairs * training.epochs, "steps": steps, "tokens trained": tokens}),
+        Stage("sync", rounds.count + 1, {"ranks": ranks}),
+        Stage("export", 1, {}),
+    )
+
+
+def plan_disk(
+    recipe: Recipe, policy: ModelShape, facts: PromptFacts, stages: tuple[Stage, ...]
+) -> tuple[Store, ...]:
+    """What lies in the run directory at its fullest: one checkpoint more than are kept, as the new one comes first."""
+    b = DTYPE_BYTES[recipe.policy.dtype]
+    p, t, training = policy.parameters, policy.trainable, recipe.training
+    state = 8 if b == 4 and training.zero_stage == 0 else 12
+    kept = min(training.keep_checkpoints + 1, recipe.rounds.count)
+    stores = []
+    if recipe.policy.from_scratch is not None:
+        stores.append(Store("new model", p * 4, f"P {p:,} x 4", "policy.from_scratch"))
+    if recipe.cold_start is not None:
+        stores.append(Store("cold start", p * 4, f"P {p:,} x 4", "policy.model"))
+    formula = f"{kept} x (P {p:,} x {b} + T {t:,} x {state})"
+    stores.append(Store("checkpoints", kept * (p * b + t * state), formula, "training.keep_checkpoints, policy.lora"))
+    stores.append(Store("export", p * b, f"P {p:,} x {b}", "policy.model"))
+    samples = sum(s.times * s.counts.get("samples", 0) for s in stages)
+    verdicts = sum(s.times * s.counts.get("verdicts", 0) for s in stages)
+    per_sample = ROW_BYTES + 4 * facts.longest + 16 * recipe.sampling.max_new_tokens
+    size = samples * per_sample + verdicts * VERDICT_BYTES
+    formula = f"samples {samples:,} x {per_sample:,} + verdicts {verdicts:,} x {VERDICT_BYTES}, before compression"
+    stores.append(Store("artifacts", size, formula, "rounds, sampling.samples_per_prompt"))
+    return tuple(stores)
+
+
+def find_problems(plan: Plan) -> list[str]:
+    """Every reason why the plan cannot be carried out, each with the part that is too large and what to turn."""
+    problems = []
+    machine = plan.machine
+    places = [("device", plan.device_bytes(), machine.device_bytes, f"a rank has on this machine ({machine.name})")]
+    if machine.kind != "cpu":
+        places.append(("host", plan.host_bytes(), machine.host_bytes, "of main memory that each rank has here"))
+    for place, need, have, whose in places:
+        if need > have:
+            parts = [p for p in plan.memory if p.place == place or machine.kind == "cpu"]
+            problems.append(_too_large("memory", need, have, whose, parts))
+    if plan.disk_bytes() > plan.disk_free:
+        problems.append(_too_large("disk", plan.disk_bytes(), plan.disk_free, "free under output_dir", plan.disk))
+    return problems
+
+
+def _too_large(what: str, need: int, have: int, whose: str, parts: Any) -> str:
+    """One message: what is needed, what there is, the largest part and its knob, and the other parts."""
+    first, *others = sorted(parts, key=lambda part: -part.bytes)
+    rest = ", ".join(f"{part.name} {gib(part.bytes)}" for part in others if part.bytes * 50 > need)
+    return (
+        f"{what}: the run needs {gib(need)}, more than the {gib(have)} {whose}. Largest part: {first.name}, "
+        f"{gib(first.bytes)} ({first.formula}); to make it smaller: {first.knob}." + (f" Then: {rest}." if rest else "")
+    )
+
+
+def find_notes(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
+    """What the user should know although nothing is refused."""
+    notes = []
+    machine, facts = plan.machine, plan.prompts
+    if plan.device_bytes() > machine.device_free:
+        notes.append(f"only {gib(machine.device_free)} of the device is free now; {gib(plan.device_bytes())} are needed")
+    if machine.devices and plan.ranks > machine.devices:
+        notes.append(f"{plan.ranks} ranks need {math.ceil(plan.ranks / machine.devices)} machines like this one")
+    if not facts.read:
+        notes.append(f"the prompts lie on the hub and were not read; {facts.longest} tokens a prompt are assumed")
+    elif facts.train:
+        times = recipe.rounds.count * recipe.rounds.prompts_per_round / facts.train
+        notes.append(f"{facts.train:,} training prompts are used {times:.2f} times over; {facts.eval:,} are held out")
+    return tuple(notes)
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB, or MiB below one GiB."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
+
+
+def render(plan: Plan) -> str:
+    """The plan as plain text."""
+    policy, machine = plan.policy, plan.machine
+    lines = [
+        f"Plan of {plan.recipe}: {policy.parameters:,} parameters ({policy.trainable:,} trained), "
+        f"context {plan.context:,}, {plan.ranks} rank{'s' if plan.ranks > 1 else ''} on {machine.name}",
+        "",
+        "Stages (upper bounds, one turn each)",
+    ]
+    rows = [(s.name, f"x{s.times}", ", ".join(f"{n:,} {what}" for what, n in s.counts.items())) for s in plan.stages]
+    lines += _columns(rows)
+    totals = ", ".join(f"{plan.total(name):,} {name}" for name in ("tokens sampled", "tokens trained", "steps"))
+    lines += [f"  in all: {totals}", "", f"Memory of one rank ({gib(machine.device_bytes)} on the device)"]
+    mark = "" if machine.kind == "cpu" else " on the host"
+    lines += _columns([(p.name + (mark if p.place == "host" else ""), gib(p.bytes), p.formula) for p in plan.memory])
+    lines.append(f"  in all: {gib(plan.device_bytes())}" + (f", host {gib(plan.host_bytes())}" if plan.host_bytes() else ""))
+    lines += ["", f"Disk under output_dir ({gib(plan.disk_free)} free)"]
+    lines += _columns([(s.name, gib(s.bytes), s.formula) for s in plan.disk])
+    lines.append(f"  in all: {gib(plan.disk_bytes())}")
+    if plan.notes:
+        lines += ["", *(f"Note: {note}" for note in plan.notes)]
+    return "\n".join(lines)
+
+
+def _columns(rows: list[tuple[str, str, str]]) -> list[str]:
+    """Three columns: name, a right-aligned figure, the rest."""
+    if not rows:
+        return []
+    first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return [f"  {a:<{first}}  {b:>{second}}  {c}".rstrip() for a, b, c in rows]

@@ -86,7 +86,7 @@ class ColdStart(Block):
     """Supervised fine-tuning before the first round, through TRL's SFTTrainer."""
 
     source: str = "prompts"
-    """`prompts`: write solutions for the built-in task; otherwise a JSONL, CSV or Parquet file of prompt and response."""
+    """`prompts`: write solutions for the built-in task; otherwise a JSONL, CSV or Parquet file of them."""
     prompt_column: str = "prompt"
     """Column that holds the prompt, for a file."""
     response_column: str = "response"
@@ -132,7 +132,7 @@ class Prompts(Block):
     answer_column: str | None = None
     """Column that holds the reference answer."""
     split_column: str | None = None
-    """Column that says `train` or `eval` (also `test`, `validation`); without it, `eval_fraction` splits by prompt hash."""
+    """Column that says `train` or `eval` (also `test`, `validation`); without it `eval_fraction` splits by hash."""
     revision: str | None = None
     """Commit of a hub dataset."""
     limit: Count | None = None
@@ -146,7 +146,7 @@ class Prompts(Block):
     dedupe: bool = True
     """Drop repeated prompts; off, a repeated prompt is an error."""
     max_tokens: Count | None = None
-    """Longest prompt; longer ones are dropped and counted. Default: what the model's context leaves for the response."""
+    """Longest prompt; longer ones are dropped and counted. Default: what the context leaves beside the response."""
     max_dropped_fraction: Fraction = 0.0
     """Refuse the source where more than this share is too long."""
 
@@ -341,17 +341,21 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Recipe:
+        """One line per contradiction, each beginning with the key to look at, so that all are shown at once."""
+        wrong: list[str] = []
         names = [v.name for v in self.verifiers]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ValueError(f"verifiers: name {twice[0]!r} is used twice; give each verifier its own name")
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                wrong.append(f"verifiers.{place}.name: {name!r} is used twice; give each verifier its own name")
         gold = self.evaluation.gold
         if gold is not None and gold.name in names:
-            raise ValueError(f"evaluation.gold: {gold.name!r} is also a verifier; the gold verifier must not train")
+            wrong.append(f"evaluation.gold: {gold.name!r} is also a verifier; the gold verifier must not train")
         if self.policy.from_scratch is not None and self.cold_start is None:
-            raise ValueError("policy.from_scratch: a random model cannot sample; add a `cold_start` block")
+            wrong.append("policy.from_scratch: a random model cannot sample; add a `cold_start` block")
         if self.cold_start is not None and self.cold_start.source == "prompts" and self.prompts.source != "arithmetic":
-            raise ValueError("cold_start.source: `prompts` writes solutions for the arithmetic task only; name a file")
+            wrong.append("cold_start.source: `prompts` writes solutions for the arithmetic task only; name a file")
         if self.sampling.max_new_tokens >= (self.policy.from_scratch or Scratch(context=10**9)).context:
-            raise ValueError("sampling.max_new_tokens: leaves no room for a prompt in policy.from_scratch.context")
+            wrong.append("sampling.max_new_tokens: leaves no room for a prompt in policy.from_scratch.context")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self

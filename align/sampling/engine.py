@@ -1,0 +1,219 @@
+"""vLLM in this process: prompts and seeds in, samples with their log-probs out.
+
+Token ids go in and come out; text is decoded for verifiers and for people only.  Every request has its own seed and
+every call starts with an empty prefix cache, so a call's result depends on the weights and on its arguments alone,
+bit for bit: not on the process, nor on what was sampled before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from align.errors import InputError, RunError
+from align.model_files import check_model_dir
+from align.recipe import Recipe
+from align.records import Prompt, Sample, content_id
+from align.sampling import environment
+
+if TYPE_CHECKING:
+    import torch
+
+    from align.distributed import Ranks
+
+_DECODE_TAIL = 8  # prompt tokens decoded in front of a response, so that its first space is not lost
+
+
+class Sampler:
+    """One rank's vLLM engine.  Making one is collective: every rank makes its own at the same time."""
+
+    def __init__(self, model_dir: Path, recipe: Recipe, ranks: Ranks) -> None:
+        environment.check_engine_settings(recipe.sampling.engine, "sampling.engine")
+        config = check_model_dir(model_dir)
+        self.ranks, self._settings = ranks, recipe.sampling
+        self.tied = bool(config.get("text_config", config).get("tie_word_embeddings", False))
+        self.dtype = recipe.policy.dtype
+        arguments = {
+            "dtype": recipe.policy.dtype,
+            "seed": recipe.seed,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "logprobs_mode": "raw_logprobs",
+            "max_model_len": _longest(recipe, config),
+        }
+        arguments |= environment.device_defaults(model_dir, config, recipe.policy.dtype, arguments["max_model_len"])
+        arguments |= recipe.sampling.engine
+        self.llm = environment.make_llm(model_dir, arguments, "sampling.engine", world_size=ranks.world_size)
+        self.context: int = self.llm.model_config.max_model_len
+
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self.stop_ids = stop_ids(model_dir, self._tokenizer.eos_token_id)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        policy_version: int,
+        n: int,
+        temperature: float,
+        purpose: Literal["train", "eval"],
+        seed: int,
+    ) -> list[Sample]:
+        """`n` responses to each prompt, in prompt order and then by index."""
+        for prompt in prompts:
+            self._check_fits(prompt)
+        self.llm.reset_prefix_cache()
+        requests, parameters, seeds = [], [], []
+        for prompt in prompts:
+            for index in range(n):
+                seeds.append(int(content_id(seed, purpose, prompt.id, policy_version, index), 16) % 2**31)
+                parameters.append(self._parameters(temperature, seeds[-1]))
+                requests.append({"prompt_token_ids": list(prompt.token_ids)})
+        outputs = self.llm.generate(requests, parameters, use_tqdm=False) if requests else []
+        texts = self._decode([(p.token_ids, o.outputs[0].token_ids) for p, o in zip(_each(prompts, n), outputs, strict=True)])
+        rows = zip(_each(prompts, n), seeds, outputs, texts, strict=True)
+        return [
+            self._record(prompt, i % n, policy_version, request_seed, output.outputs[0], text, temperature)
+            for i, (prompt, request_seed, output, text) in enumerate(rows)
+        ]
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Natural log-probability of every token but the first, given those before it: per sequence [length - 1]."""
+        from vllm import SamplingParams
+
+        self.llm.reset_prefix_cache()
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = self.llm.generate([{"prompt_token_ids": list(s)} for s in sequences], parameters, use_tqdm=False)
+        return [
+            [step[token].logprob for token, step in zip(s[1:], o.prompt_logprobs[1:], strict=True)]
+            for s, o in zip(sequences, outputs, strict=True)
+        ]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Replace the engine's weights, in checkpoint form and names; returns the engine's parameters left as they were.
+
+        Use `align.sampling.weights.sync`, which also proves that what arrived is what was sent.
+        """
+        missing = self.llm.collective_rpc(_reload, args=(weights,))[0]
+        self.llm.reset_prefix_cache()
+        return missing
+
+    def close(self) -> None:
+        """Free the engine's memory; the process group stays."""
+        import gc
+
+        llm = self.__dict__.pop("llm", None)
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+
+    def _parameters(self, temperature: float, seed: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=temperature,
+            top_p=self._settings.top_p,
+            top_k=self._settings.top_k,
+            max_tokens=self._settings.max_new_tokens,
+            seed=seed,
+            stop_token_ids=self.stop_ids,
+            logprobs=0,
+            detokenize=False,
+        )
+
+    def _check_fits(self, prompt: Prompt) -> None:
+        length, room = len(prompt.token_ids), self._settings.max_new_tokens
+        if length + room > self.context:
+            raise InputError(
+                f"prompt {prompt.id} has {length} tokens and sampling.max_new_tokens is {room}: together over the "
+                f"sampler's context of {self.context}. Shorten it, or lower prompts.max_tokens or sampling.max_new_tokens. "
+                f"It begins {prompt.text[:60]!r}"
+            )
+
+    def _decode(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[str]:
+        """Response texts as they continue the prompt's text, without special tokens.
+
+        Decoded by itself, a response would lose its leading space in many tokenizers.
+        """
+        decode = self._tokenizer.batch_decode
+        tails = decode([list(p[-_DECODE_TAIL:]) for p, _ in pairs], skip_special_tokens=True)
+        joined = decode([[*p[-_DECODE_TAIL:], *r] for p, r in pairs], skip_special_tokens=True)
+        alone = decode([list(r) for _, r in pairs], skip_special_tokens=True)
+        return [j[len(t) :] if j.startswith(t) else a for t, j, a in zip(tails, joined, alone, strict=True)]
+
+    def _record(
+        self, prompt: Prompt, index: int, version: int, seed: int, output: Any, text: str, temperature: float
+    ) -> Sample:
+        response = tuple(output.token_ids)
+        logprobs = tuple(step[token].logprob for token, step in zip(response, output.logprobs, strict=True))
+        if output.finish_reason not in ("stop", "length") or not all(map(math.isfinite, logprobs)):
+            raise RunError(
+                f"the sampler gave no usable response to prompt {prompt.id} (finish reason {output.finish_reason}, "
+                f"log-probs {logprobs[:3]}…): the policy's weights may hold NaN or infinity"
+            )
+        return Sample(
+            id=content_id(prompt.id, version, seed, index),
+            prompt_id=prompt.id,
+            index=index,
+            policy_version=version,
+            seed=seed,
+            prompt_ids=tuple(prompt.token_ids),
+            response_ids=response,
+            logprobs=logprobs,
+            text=text,
+            finish_reason=output.finish_reason,
+            temperature=temperature,
+            top_p=self._settings.top_p,
+            top_k=self._settings.top_k,
+            max_new_tokens=self._settings.max_new_tokens,
+        )
+
+
+def stop_ids(model_dir: Path, eos_token_id: int | None) -> list[int]:
+    """Token ids that end a response: the tokenizer's end of sequence, and those of generation_config.json."""
+    file = model_dir / "generation_config.json"
+    listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    return sorted({*listed, *([] if eos_token_id is None else [eos_token_id])})
+
+
+def _longest(recipe: Recipe, config: dict[str, Any]) -> int | None:
+    """Longest sequence the engine must hold, where the recipe bounds it below the model's context; else None."""
+    context, limit = environment.context_length(config), recipe.prompts.max_tokens
+    if limit is None or context is None:
+        return None
+    return min(context, limit + recipe.sampling.max_new_tokens)
+
+
+def _each(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
+    """Every prompt `n` times in a row."""
+    return [prompt for prompt in prompts for _ in range(n)]
+
+
+def _reload(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Runs inside the engine: vLLM's in-place reload, and which parameters it did not touch.
+
+    `reload_weights` repacks weights for the kernels of this machine, which `model.load_weights` alone does not.  It
+    keeps the list of loaded names to itself (vLLM 0.25 to 0.32), so that list is caught on its way.
+    """
+    model = worker.model_runner.get_model()
+    expected = {name for name, _ in model.named_parameters()}
+    load, loaded = model.load_weights, set()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        names = load(*args, **kwargs)
+        loaded.update(expected if names is None else names)
+        return names
+
+    model.load_weights = watched
+    try:
+        worker.reload_weights(weights_iterator=iter(weights))
+    finally:
+        del model.load_weights
+    return expected - loaded

@@ -7,7 +7,7 @@ the work stand in the modules beside this one; `align.verifiers.registry` maps e
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +17,9 @@ class VerifierBlock(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
+    output: ClassVar[Literal["binary", "score"]]
+    """What the verifier answers with: 0 or 1, or a number of which larger is better.  No key of the recipe."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
     """Name in reports and artifacts."""
     family: str | None = None
@@ -25,13 +28,20 @@ class VerifierBlock(BaseModel):
     """Swap yes and no, or negate the score: for a verifier that is known to prefer the wrong end."""
     flip_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Share of a binary verifier's answers turned round, chosen by hash: for studying bad supervision."""
-    timeout_s: Annotated[float, Field(gt=0.0)] = 5.0
+    timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 5.0
     """Longest time one response may take; past it the verdict is none."""
+
+    @model_validator(mode="after")
+    def _only_votes_flip(self) -> VerifierBlock:
+        if self.flip_rate > 0 and self.output == "score":
+            raise ValueError("flip_rate: turns yes and no round, but this kind gives a score; use `invert`")
+        return self
 
 
 class AnswerSpec(VerifierBlock):
     """The final answer against the reference answer of the prompt (binary)."""
 
+    output = "binary"
     kind: Literal["answer"]
     match: Literal["exact", "math"] = "exact"
     """Equal as text, or mathematically equal by math-verify."""
@@ -44,14 +54,15 @@ class AnswerSpec(VerifierBlock):
     def _pattern_given(self) -> AnswerSpec:
         if (self.extract == "pattern") != (self.pattern is not None):
             raise ValueError("pattern: goes with `extract: pattern`, and only with it")
-        if self.pattern is not None:
-            compile_pattern(self.pattern)
+        if self.pattern is not None and compile_pattern(self.pattern).groups == 0:
+            raise ValueError("pattern: has no group; put parentheses around the part that is the answer")
         return self
 
 
 class ArithmeticSpec(VerifierBlock):
     """A consistency check on `a+b=`, `a-b=` or `a*b=` that does not work the problem out (binary)."""
 
+    output = "binary"
     kind: Literal["arithmetic"]
     check: Literal["nines", "last_digit", "parity", "magnitude", "first_digit", "no_carry"]
     """Casting out nines, the last digit, odd or even, number of digits and rough size, the first digit by rounding, or
@@ -61,6 +72,7 @@ class ArithmeticSpec(VerifierBlock):
 class FormatSpec(VerifierBlock):
     """A regular expression on the response (binary)."""
 
+    output = "binary"
     kind: Literal["format"]
     pattern: str
     """The expression."""
@@ -76,6 +88,7 @@ class FormatSpec(VerifierBlock):
 class LengthSpec(VerifierBlock):
     """Length within bounds (binary)."""
 
+    output = "binary"
     kind: Literal["length"]
     unit: Literal["tokens", "words", "characters"] = "tokens"
     """What is counted."""
@@ -94,6 +107,7 @@ class LengthSpec(VerifierBlock):
 class RepetitionSpec(VerifierBlock):
     """Share of n-grams of words that are not a repeat of an earlier one (score, 1 is best)."""
 
+    output = "score"
     kind: Literal["repetition"]
     n: Annotated[int, Field(ge=1)] = 4
     """Length of the n-grams."""
@@ -102,6 +116,7 @@ class RepetitionSpec(VerifierBlock):
 class LexiconSpec(VerifierBlock):
     """Mean valence per word by a list of words (score)."""
 
+    output = "score"
     kind: Literal["lexicon"]
     file: str
     """The list: `word<TAB>value` lines, pattern XML, or one word per line; may be gzipped."""
@@ -112,6 +127,7 @@ class LexiconSpec(VerifierBlock):
 class VocabularySpec(VerifierBlock):
     """Share of words that stand in a dictionary (score)."""
 
+    output = "score"
     kind: Literal["vocabulary"]
     file: str
     """The dictionary: the first field of each line is a word; may be gzipped."""
@@ -120,6 +136,7 @@ class VocabularySpec(VerifierBlock):
 class ReadabilitySpec(VerifierBlock):
     """How easy the text reads (score)."""
 
+    output = "score"
     kind: Literal["readability"]
     formula: Literal["flesch", "dale_chall", "sentence_length"] = "flesch"
     """Flesch reading ease, Dale-Chall with `file` as the list of easy words (negated: easier is larger), or mean words
@@ -137,6 +154,7 @@ class ReadabilitySpec(VerifierBlock):
 class SelfConsistencySpec(VerifierBlock):
     """Share of the prompt's other responses that give the same answer (score)."""
 
+    output = "score"
     kind: Literal["self_consistency"]
     extract: Literal["last_number", "boxed", "whole"] = "last_number"
     """Which part of the response is the answer."""
@@ -145,6 +163,7 @@ class SelfConsistencySpec(VerifierBlock):
 class NoiseSpec(VerifierBlock):
     """A coin per response, by hash (binary): for studying bad supervision."""
 
+    output = "binary"
     kind: Literal["noise"]
     rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Share of yes."""
@@ -153,6 +172,7 @@ class NoiseSpec(VerifierBlock):
 class RewardModelSpec(VerifierBlock):
     """A sequence-classification checkpoint with one label, scored through vLLM pooling (score, raw logit)."""
 
+    output = "score"
     kind: Literal["reward_model"]
     model: str
     """Directory of the checkpoint (safetensors), or its name on the hub."""
@@ -186,5 +206,5 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     """The compiled expression; raises ValueError with the reason where it is not one."""
     try:
         return re.compile(pattern, re.DOTALL)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"pattern: not a regular expression: {error}") from None

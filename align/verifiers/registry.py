@@ -1,0 +1,74 @@
+"""Which class stands behind each `kind` of a recipe, and what is checked of a verifier before a run starts."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Literal
+
+from align.errors import InputError
+from align.verifiers.answers import Answer
+from align.verifiers.arithmetic import Arithmetic
+from align.verifiers.base import Verifier
+from align.verifiers.consistency import SelfConsistency
+from align.verifiers.form import Format, Length, Repetition
+from align.verifiers.lexicon import Lexicon, Vocabulary
+from align.verifiers.noise import Noise
+from align.verifiers.readability import Readability
+from align.verifiers.spec import AnswerSpec, VerifierSpec
+from align.verifiers.wordlists import read_valences, read_vocabulary
+
+KINDS: dict[str, type[Verifier]] = {
+    "answer": Answer,
+    "arithmetic": Arithmetic,
+    "format": Format,
+    "length": Length,
+    "repetition": Repetition,
+    "lexicon": Lexicon,
+    "vocabulary": Vocabulary,
+    "readability": Readability,
+    "self_consistency": SelfConsistency,
+    "noise": Noise,
+}
+"""Verifiers that run in the killable process."""
+
+IN_PROCESS = ("reward_model",)
+"""Kinds that run in the training process because they need its accelerator; whoever starts the run builds them."""
+
+
+def build(spec: VerifierSpec) -> Verifier:
+    """The verifier that a recipe block describes, with its files read."""
+    if spec.kind not in KINDS:
+        raise ValueError(f"verifier {spec.name!r}: kind {spec.kind!r} is built by the run, beside its engines")
+    return KINDS[spec.kind].from_spec(spec)
+
+
+def kind_of(spec: VerifierSpec) -> Literal["binary", "score"]:
+    """What the verifier answers with; known without building it."""
+    return spec.output
+
+
+def check(spec: VerifierSpec, where: str | None = None) -> Sequence[str]:
+    """Refuse a verifier that cannot start, naming file and key; returns remarks that the user should see.
+
+    `where` is the recipe key of the block, by default `verifiers.<name>`.
+    """
+    prefix = where if where is not None else f"verifiers.{spec.name}"
+    remarks = []
+    for key in ("file", "negative_file"):
+        path = getattr(spec, key, None)
+        if path is None:
+            continue
+        read = read_valences if spec.kind == "lexicon" else read_vocabulary
+        try:
+            found = read(path)
+        except InputError as error:
+            raise InputError(f"{prefix}.{key}: {error}") from None
+        if found.unmatched:
+            remarks.append(
+                f"{prefix}.{key}: {path}: {found.unmatched} of {found.entries} entries are not single words "
+                "(phrases, smileys) and can match nothing"
+            )
+    if isinstance(spec, AnswerSpec) and spec.match == "math" and importlib.util.find_spec("math_verify") is None:
+        raise InputError(f"{prefix}.match: `math` needs the package math-verify; install it or use `match: exact`")
+    return remarks

@@ -27,7 +27,7 @@ class Machine:
 
 
 def find_machine(ranks: int) -> Machine:
-    """Look at this machine.  With GPUs each rank takes one; torchrun's LOCAL_WORLD_SIZE says how many ranks are here."""
+    """This machine.  With GPUs each rank takes one; torchrun's LOCAL_WORLD_SIZE says how many ranks are here."""
     import psutil
     import torch
 

@@ -128,7 +128,13 @@ def _reference(recipe: Recipe, policy: ModelShape, b: int, ranks: int) -> Part:
     share = ranks if training.zero_stage == 3 else 1
     formula = f"P {policy.parameters:,} x {b}" + (f" / N {ranks}" if share > 1 else "")
     place = "host" if training.offload == "all" else "device"
-    return Part("reference", place, copies * policy.parameters * b // share, formula, "training.reference: round, or policy.lora")
+    return Part(
+        "reference",
+        place,
+        copies * policy.parameters * b // share,
+        formula,
+        "training.reference: round, or policy.lora",
+    )
 
 
 def batch_tokens(recipe: Recipe, ranks: int, longest: int) -> tuple[int, int]:
@@ -196,9 +202,7 @@ def kv_bytes_per_token(policy: ModelShape, b: int) -> int:
     return 2 * policy.layers * policy.kv_width * b
 
 
-def _sampler(
-    engine: dict[str, Any], shape: ModelShape, b: int, machine: Machine, name: str, key: str
-) -> list[Part]:
+def _sampler(engine: dict[str, Any], shape: ModelShape, b: int, machine: Machine, name: str, key: str) -> list[Part]:
     """vLLM's own copy of the weights and its key-value cache.
 
     The cache takes `kv_cache_memory_bytes` where that is given (on a CPU also VLLM_CPU_KVCACHE_SPACE, GiB);

@@ -246,9 +246,7 @@ def plan_stages(recipe: Recipe, facts: PromptFacts, ranks: int) -> tuple[Stage, 
     )
 
 
-def plan_disk(
-    recipe: Recipe, policy: ModelShape, facts: PromptFacts, stages: tuple[Stage, ...]
-) -> tuple[Store, ...]:
+def plan_disk(recipe: Recipe, policy: ModelShape, facts: PromptFacts, stages: tuple[Stage, ...]) -> tuple[Store, ...]:
     """What lies in the run directory at its fullest: one checkpoint more than are kept, as the new one comes first."""
     b = DTYPE_BYTES[recipe.policy.dtype]
     p, t, training = policy.parameters, policy.trainable, recipe.training
@@ -302,7 +300,9 @@ def find_notes(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
     notes = []
     machine, facts = plan.machine, plan.prompts
     if plan.device_bytes() > machine.device_free:
-        notes.append(f"only {gib(machine.device_free)} of the device is free now; {gib(plan.device_bytes())} are needed")
+        notes.append(
+            f"only {gib(machine.device_free)} of the device is free now; {gib(plan.device_bytes())} are needed"
+        )
     if machine.devices and plan.ranks > machine.devices:
         notes.append(f"{plan.ranks} ranks need {math.ceil(plan.ranks / machine.devices)} machines like this one")
     if not facts.read:
@@ -333,7 +333,9 @@ def render(plan: Plan) -> str:
     lines += [f"  in all: {totals}", "", f"Memory of one rank ({gib(machine.device_bytes)} on the device)"]
     mark = "" if machine.kind == "cpu" else " on the host"
     lines += _columns([(p.name + (mark if p.place == "host" else ""), gib(p.bytes), p.formula) for p in plan.memory])
-    lines.append(f"  in all: {gib(plan.device_bytes())}" + (f", host {gib(plan.host_bytes())}" if plan.host_bytes() else ""))
+    lines.append(
+        f"  in all: {gib(plan.device_bytes())}" + (f", host {gib(plan.host_bytes())}" if plan.host_bytes() else "")
+    )
     lines += ["", f"Disk under output_dir ({gib(plan.disk_free)} free)"]
     lines += _columns([(s.name, gib(s.bytes), s.formula) for s in plan.disk])
     lines.append(f"  in all: {gib(plan.disk_bytes())}")

@@ -51,7 +51,7 @@ def model_card(recipe: Recipe, *, summary: Mapping[str, Any], data: Mapping[str,
         "## How it was made",
         _facts(summary.get("versions", {}), ("package", "version")),
         "The recipe; local paths keep their last part only.",
-        f"~~~~yaml\n{yaml.safe_dump(public_recipe(recipe), sort_keys=False, width=110)}~~~~",
+        _fenced(yaml.safe_dump(public_recipe(recipe), sort_keys=False, width=110)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -117,9 +117,9 @@ def _introduction(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     export = {"merge": "merged into the weights", "keep": "kept as an adapter"}[recipe.export.lora]
     lines = [
         f"Aligned from {base}{revision} by {summary.get('rounds', rounds.count)} rounds of on-policy "
-        f"{escape(training.algorithm)} ({escape(training.loss.name)} loss, beta {training.loss.beta:g}): the model answers, "
-        f"{len(recipe.verifiers)} verifiers judge, their combined judgement becomes preference pairs, and the model "
-        f"learns from those. Trained: {how}" + (f", {export}." if policy.lora else "."),
+        f"{escape(training.algorithm)} ({escape(training.loss.name)} loss, beta {training.loss.beta:g}): the model "
+        f"answers, {len(recipe.verifiers)} verifiers judge, their combined judgement becomes preference pairs, and the "
+        f"model learns from those. Trained: {how}" + (f", {export}." if policy.lora else "."),
     ]
     tokens = summary.get("tokens", {})
     if tokens:
@@ -207,8 +207,8 @@ def limitations(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
         )
     else:
         lines.append(
-            f"The gold verifier {escape(gold.name)} was not used in training or to combine the verifiers; the evaluation "
-            "above is as good as that verifier."
+            f"The gold verifier {escape(gold.name)} was not used in training or to combine the verifiers; the "
+            "evaluation above is as good as that verifier."
         )
     spoiled = [v.name for v in recipe.verifiers if v.kind == "noise" or v.flip_rate > 0]
     if spoiled:
@@ -234,6 +234,12 @@ def limitations(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
         lines.append("Trained and evaluated on the built-in arithmetic task only.")
     lines.append("Nothing beyond the metrics above was measured: not safety, bias, truthfulness or other languages.")
     return lines
+
+
+def _fenced(text: str) -> str:
+    """A code block whose fence is longer than any run of tildes inside it, so that the text cannot close it."""
+    fence = "~" * max(4, 1 + max((len(run) for run in re.findall("~+", text)), default=0))
+    return f"{fence}yaml\n{text}{fence}"
 
 
 def _facts(values: Mapping[str, Any], head: tuple[str, str]) -> str:

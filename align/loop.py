@@ -1,0 +1,83 @@
+"""The on-policy loop.
+
+    prompts -> sample (vLLM) -> verify -> combine -> pair -> train (DeepSpeed) -> sync weights -+
+       ^                                                                                        |
+       +------------------------------- next round, new policy --------------------------------+
+                                  evaluate -> export (Hugging Face)
+
+Every rank runs this file.  Stages are function calls; between them lie committed artifacts, so each stage
+first asks the store whether its work is already done.  That one question is the whole of resuming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from align import distributed
+from align.errors import InputError
+from align.faults import reach
+from align.recipe import Recipe
+from align.run import Run
+from align.stages import evaluate, export, pair, sample, score, train
+
+
+def run_loop(run: Run) -> None:
+    """Turn the loop from wherever the run directory says it stands, then evaluate and export."""
+    if run.store.finished:
+        run.say(f"{run.store.root} is finished; nothing to do. A changed recipe needs another `name`.")
+        return
+    rounds = run.recipe.rounds.count
+    for round_index in range(run.version, rounds):
+        if round_index % run.recipe.evaluation.every == 0:
+            evaluate(run, round_index)
+        for stage in (sample, score, pair, train):
+            stage(run, round_index)
+            reach(f"loop.{stage.__name__}.after")
+        run.write_summary("running")
+    evaluate(run, rounds)
+    reach("loop.export.before")
+    export(run)
+    run.write_summary("done")
+    run.report()
+
+
+def run_stage(run: Run, stage: Callable[[Run, int], object], round_index: int | None) -> None:
+    """One stage of one round, for the verbs: `align sample`, `align score` …
+
+    Raises InputError where the round is ahead of the policy: its weights do not exist yet.
+    """
+    current = run.version
+    wanted = current if round_index is None else round_index
+    if wanted > current:
+        raise InputError(
+            f"--round {wanted}: the run stands at round {current}; train round {current} first (`align train`)"
+        )
+    last = run.recipe.rounds.count - (stage is not evaluate)
+    if wanted > last:
+        raise InputError(f"--round {wanted}: the recipe's last round is {last} (rounds.count)")
+    stage(run, wanted)
+
+
+STAGES: dict[str, Callable[[Run, int], object]] = {
+    "sample": sample,
+    "score": score,
+    "pair": pair,
+    "train": train,
+    "evaluate": evaluate,
+}
+
+
+def run_verb(recipe: Recipe, verb: str, round_index: int | None = None) -> int:
+    """What `align VERB` does on this rank; returns the exit status.  Collective: every rank calls it."""
+    ranks = distributed.connect()
+    try:
+        with Run.open(recipe, ranks) as run:
+            if verb == "run":
+                run_loop(run)
+            elif verb == "export":
+                export(run)
+            else:
+                run_stage(run, STAGES[verb], round_index)
+    finally:
+        distributed.close(ranks)
+    return 0

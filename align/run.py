@@ -1,0 +1,340 @@
+"""One run on one rank: the recipe, the store, and the heavy parts, each made when it is first needed.
+
+A resumed run that only has to export never starts a sampler, and one that only has to sample never computes a
+reference.  What is known of time and tokens is kept here and written to summary.json after every round.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.distributed import Ranks
+from align.errors import InputError
+from align.faults import reach
+from align.model_files import check_model_dir, fingerprint, resolve_model
+from align.progress import say
+from align.prompts import PromptSet, load_prompts, round_prompts
+from align.recipe import Recipe
+from align.records import Prompt, Sample
+from align.store import RunStore
+from align.summary import build_summary, render_evaluation, render_report, verifier_rows
+from align.verifiers import registry
+from align.verifiers.runner import VerifierPool
+
+if TYPE_CHECKING:
+    from align.sampling.engine import Sampler
+    from align.training.engine import PolicyEngine
+
+PROBE_PROMPTS = 4
+PROBE_TOKENS = 48
+
+
+class Run:
+    """Everything the stages share."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, store: RunStore) -> None:
+        self.recipe, self.ranks, self.store = recipe, ranks, store
+        self._seconds: dict[str, float] = {}
+        self._clock: list[str] = []
+        self._mark = time.monotonic()
+        self._prompts: PromptSet | None = None
+        self._sampler: Sampler | None = None
+        self._synced_version: int | None = None
+        self._policy: PolicyEngine | None = None
+        self._pools: dict[bool, VerifierPool] = {}
+        self._cache: dict[tuple[int, str], list] = {}
+        previous = store.read_json(None, "summary") or {}
+        self._seconds.update({k: v for k, v in previous.get("seconds", {}).items() if k != "total"})
+
+    # ---- life ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    @contextmanager
+    def open(cls, recipe: Recipe, ranks: Ranks) -> Iterator[Run]:
+        """Check what can be checked before anything heavy starts, open the run directory, and close all at the end."""
+        for spec in (*recipe.verifiers, *([recipe.evaluation.gold] if recipe.evaluation.gold else ())):
+            registry.check(spec)
+        identity = {}
+        if recipe.policy.model is not None:
+            path = resolve_model(recipe.policy.model, recipe.policy.revision)
+            check_model_dir(path)
+            identity["model"] = fingerprint(path)
+        store = RunStore.open(recipe, ranks, identity=identity)
+        run = cls(recipe, ranks, store)
+        try:
+            yield run
+        except BaseException:
+            run.close(failed=True)
+            raise
+        run.close(failed=False)
+
+    def close(self, *, failed: bool) -> None:
+        """Stop the engines and the verifier processes; a failed run says so in its summary."""
+        for pool in self._pools.values():
+            pool.close()
+        if self._sampler is not None:
+            self._sampler.close()
+        if self._policy is not None:
+            self._policy.close()
+        if failed and not self.store.finished:
+            self.write_summary("failed")
+        self.store.close()
+
+    # ---- the parts -----------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Rounds of training behind the policy: the number of the newest verified checkpoint."""
+        return self.store.latest_checkpoint() or 0
+
+    def model_dir(self) -> Path:
+        """Directory of the policy before the first round, after the cold start where the recipe has one."""
+        policy = self.recipe.policy
+        start = resolve_model(policy.model, policy.revision) if policy.model is not None else self._scratch_dir()
+        if self.recipe.cold_start is None:
+            return start
+        done = self.store.verify_directory("cold_start")
+        if done is not None:
+            return done
+        from align.training.sft import cold_start
+
+        with self.timed("cold_start"):
+            with self.store.commit_directory("cold_start") as directory:
+                report = cold_start(start, self.recipe, self.prompts(), directory, self.ranks)
+            self.keep(None, "cold_start_report", report)
+        reach("loop.cold_start.after")
+        committed = self.store.verify_directory("cold_start")
+        assert committed is not None
+        return committed
+
+    def _scratch_dir(self) -> Path:
+        """Directory of the untrained model that `policy.from_scratch` describes."""
+        done = self.store.verify_directory("scratch")
+        if done is None:
+            from align.training.scratch import create_model
+
+            assert self.recipe.policy.from_scratch is not None
+            with self.store.commit_directory("scratch") as directory:
+                if self.ranks.rank == 0:
+                    create_model(directory, self.recipe.policy.from_scratch, self.recipe.seed)
+            done = self.store.verify_directory("scratch")
+        assert done is not None
+        return done
+
+    def prompts(self) -> PromptSet:
+        """The prompts, rendered and split; refuses a source that changed since the run began."""
+        if self._prompts is None:
+            from transformers import AutoTokenizer
+
+            policy = self.recipe.policy
+            path = resolve_model(policy.model, policy.revision) if policy.model is not None else self._scratch_dir()
+            with self.timed("prompts"):
+                found = load_prompts(self.recipe, AutoTokenizer.from_pretrained(path), context_length(path))
+            self.store.pin("prompts", {"digest": found.digest, **found.report})
+            self.say(f"prompts: {', '.join(f'{v} {k}' for k, v in found.report.items())}")
+            self._prompts = found
+        return self._prompts
+
+    def round_prompts(self, round_index: int) -> Sequence[Prompt]:
+        """The training prompts of a round."""
+        return round_prompts(
+            self.prompts().train, round_index, self.recipe.rounds.prompts_per_round, self.recipe.seed
+        )
+
+    def eval_prompts(self) -> Sequence[Prompt]:
+        """The held-out prompts that every evaluation uses, chosen by the seed."""
+        held_out = self.prompts().eval
+        return round_prompts(held_out, 0, min(self.recipe.evaluation.prompts, len(held_out)), self.recipe.seed)
+
+    def policy(self) -> PolicyEngine:
+        """The DeepSpeed engine, at the newest checkpoint.  Collective."""
+        if self._policy is None:
+            model_dir, version = self.model_dir(), self.version
+            from align.training.engine import PolicyEngine
+
+            with self.timed("start_trainer"):
+                self._policy = PolicyEngine(model_dir, self.recipe, self.ranks, self.total_steps())
+                if version:
+                    checkpoint = self.store.verify_checkpoint(version)
+                    self._policy.load(checkpoint)
+                    self._policy.version = version
+                    self.store.truncate_metrics(self._policy.step)
+                else:
+                    self.store.truncate_metrics(0)
+        return self._policy
+
+    def synced_sampler(self) -> Sampler:
+        """The vLLM engine, holding exactly the trainer's weights, attested.  Collective."""
+        policy = self.policy()
+        if self._sampler is None:
+            from align.sampling.engine import Sampler
+
+            with self.timed("start_sampler"):
+                self._sampler = Sampler(self.model_dir(), self.recipe, self.ranks)
+        if self._synced_version != policy.version:
+            from align.sampling.weights import sync
+
+            with self.timed("sync"):
+                report = sync(self._sampler, policy, self.probes(), self.recipe.sampling.attest_tolerance)
+            self.keep(policy.version, "sync", report.to_dict())
+            self._synced_version = policy.version
+        return self._sampler
+
+    def verifier_pool(self, *, gold: bool) -> VerifierPool:
+        """The recipe's verifiers, or the gold one by itself, in their own processes."""
+        if gold not in self._pools:
+            chosen = (self.recipe.evaluation.gold,) if gold else self.recipe.verifiers
+            specs = tuple(v for v in chosen if v is not None)
+            in_process = {v.name: self._reward_model(v) for v in specs if v.kind == "reward_model"}
+            self._pools[gold] = VerifierPool(specs, seed=self.recipe.seed, in_process=in_process)
+        return self._pools[gold]
+
+    def _reward_model(self, spec: Any) -> Any:
+        from align.verifiers.reward_model import RewardModel
+
+        with self.timed("start_reward_model"):
+            return RewardModel(spec, dtype=self.recipe.policy.dtype)
+
+    def probes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(prompt ids, response ids) on which trainer and sampler are compared: real prompts, and one sequence that
+        walks the vocabulary so that rarely used embedding rows are looked at too."""
+        found = [(p.token_ids[:1], p.token_ids[1:]) for p in self.prompts().train[:PROBE_PROMPTS] if len(p.token_ids) > 1]
+        policy = self.policy()
+        vocabulary = policy.vocabulary_size
+        length = min(PROBE_TOKENS, vocabulary, (context_length(self.model_dir()) or PROBE_TOKENS) - 1)
+        stride = next(s for s in range(vocabulary // length or 1, vocabulary + 1) if math.gcd(s, vocabulary) == 1)
+        walk = tuple(i * stride % vocabulary for i in range(length))
+        return [*found, (walk[:1], walk[1:])]
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run at most: what the learning-rate schedule spans."""
+        training, per_prompt = self.recipe.training, pairs_per_prompt(self.recipe)
+        pairs = self.recipe.rounds.prompts_per_round * per_prompt * training.epochs
+        return self.recipe.rounds.count * math.ceil(pairs / training.pairs_per_step)
+
+    # ---- what the stages ask for ---------------------------------------------------------------------------
+
+    def require(self, round_index: int, stage: str, verb: str) -> None:
+        """Refuse to go on without an artifact of this round."""
+        if not self.store.stage_done(round_index, stage):
+            raise InputError(f"round {round_index} has no {stage} yet; run `{verb}` first")
+
+    def read(self, round_index: int, stage: str) -> list:
+        """A committed stage's rows, verified; the newest two stay in memory."""
+        key = (round_index, stage)
+        if key not in self._cache:
+            while len(self._cache) >= 2:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[key] = self.store.read(round_index, stage)
+        return self._cache[key]
+
+    def samples_per_shard(self, source: str) -> int:
+        """Rows of one committed shard of samples."""
+        sampling, evaluation = self.recipe.sampling, self.recipe.evaluation
+        per_prompt = sampling.samples_per_prompt if source == "samples" else evaluation.samples_per_prompt
+        return sampling.prompts_per_shard * per_prompt
+
+    def gold_values(self, round_index: int, stage: str, samples: Sequence[Sample]) -> list[float | None] | None:
+        """The gold verifier's value per sample, for reports only; None where the recipe names no gold verifier."""
+        if self.recipe.evaluation.gold is None:
+            return None
+        values = {v.sample_id: v.value for v in self.read(round_index, stage)}
+        return [values.get(s.id) for s in samples]
+
+    def sequence_stats(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
+        """Per sample: summed log(policy/reference) over the response in nats, and mean token entropy in nats.
+
+        Split over the ranks and put together again, so every rank returns the whole.
+        """
+        policy, ranks = self.policy(), self.ranks
+        mine = [i for i in range(len(samples)) if i % ranks.world_size == ranks.rank]
+        sequences = [(samples[i].prompt_ids, samples[i].response_ids) for i in mine]
+        now = policy.token_logprobs(sequences, entropy=True)
+        reference = policy.token_logprobs(sequences, reference=True)
+        assert now.entropies is not None
+        rows = [
+            (i, float((a - b).sum()), float(e.mean()) if len(e) else 0.0)
+            for i, a, b, e in zip(mine, now.logprobs, reference.logprobs, now.entropies, strict=True)
+        ]
+        everything = sorted(row for part in ranks.gather(rows) for row in part)
+        return {"kl": [r[1] for r in everything], "entropy": [r[2] for r in everything]}
+
+    # ---- what is told --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Charge the time inside to `stage`; time in a nested block is charged to the inner one only."""
+        self._charge()
+        self._clock.append(stage)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._clock.pop()
+
+    def _charge(self) -> None:
+        now = time.monotonic()
+        stage = self._clock[-1] if self._clock else "other"
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._mark
+        self._mark = now
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, written by rank 0; every rank calls it after every optimizer step."""
+        self.store.append_metrics(dict(row))
+        reach("training.step.after")
+
+    def keep(self, round_index: int | None, name: str, value: Mapping[str, Any]) -> None:
+        """Commit a small report once, rank 0 only; the summary is built from these, so a resumed run tells the same."""
+        if self.ranks.rank == 0 and self.store.read_json(round_index, name) is None:
+            self.store.commit_json(round_index, name, value)
+
+    def say(self, text: str) -> None:
+        """A plain line from rank 0."""
+        if self.ranks.rank == 0:
+            say(text)
+
+    def say_evaluation(self, version: int) -> None:
+        """The evaluation of one version as one line."""
+        self.say(f"round {version}: {render_evaluation(self.store.read_json(version, 'evaluation'))}")
+
+    def verifier_rows(self, estimates: Sequence[Any], verdicts: Sequence[Any]) -> dict[str, Any]:
+        """Per verifier: estimated accuracy and rates, coverage, reasons of failure, seconds."""
+        return verifier_rows(estimates, verdicts)
+
+    def write_summary(self, status: str) -> None:
+        """summary.json, from what is committed and what was counted."""
+        self._charge()
+        if self.ranks.rank == 0:
+            self.store.write_summary(build_summary(self.recipe, self.store, status, self._seconds))
+
+    def report(self) -> None:
+        """The closing table, rank 0 only."""
+        if self.ranks.rank == 0:
+            render_report(self.store.read_json(None, "summary"), self.store.root)
+
+    def model_card(self) -> str:
+        """The export's README.md."""
+        from align.model_card import model_card
+
+        summary = build_summary(self.recipe, self.store, "done", self._seconds)
+        return model_card(self.recipe, summary=summary, data=self.store.read_json(None, "prompts") or {})
+
+
+def pairs_per_prompt(recipe: Recipe) -> int:
+    """Most pairs that one prompt can give."""
+    n, pairs = recipe.sampling.samples_per_prompt, recipe.pairs
+    most = {"best_worst": 1, "all_margin": n * (n - 1) // 2, "top_bottom": min(pairs.k, n // 2) ** 2}[pairs.builder]
+    return min(most, pairs.max_per_prompt or most)
+
+
+def context_length(model_dir: Path) -> int | None:
+    """Longest sequence the model takes, from config.json; None where it does not say."""
+    import json
+
+    config = json.loads((model_dir / "config.json").read_text())
+    return config.get("max_position_embeddings")

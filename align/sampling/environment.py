@@ -113,11 +113,15 @@ def device_defaults(model_dir: Path, config: Mapping[str, Any], dtype: str, max_
 
     if torch.cuda.is_available():
         return {"gpu_memory_utilization": GPU_MEMORY_SHARE}
-    tokens = _KV_SEQUENCES * (max_model_len or context_length(config) or 2048)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free = psutil.virtual_memory().available // (4 * ranks_here)
-    wanted = max(64 << 20, tokens * kv_bytes_per_token(config, dtype))
-    return {"enforce_eager": True, "kv_cache_memory_bytes": min(wanted, free)}
+    longest = max_model_len or context_length(config) or 2048
+    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    size = cpu_cache_bytes(longest, kv_bytes_per_token(config, dtype), free)
+    return {"enforce_eager": True, "kv_cache_memory_bytes": size}
+
+
+def cpu_cache_bytes(longest: int, bytes_per_token: int, free: int) -> int:
+    """Bytes of KV cache on a CPU where the recipe does not say; `free` is this rank's share of free memory."""
+    return min(max(64 << 20, _KV_SEQUENCES * longest * bytes_per_token), free // 4)
 
 
 def kv_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int:

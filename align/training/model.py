@@ -1,0 +1,140 @@
+"""The policy network: a Hugging Face causal language model that returns log-probabilities of packed responses.
+
+Legend: R rows, S positions of a row, N response tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align.errors import InputError
+from align.recipe import Lora
+from align.training import attention
+from align.training.groups import PackedBatch
+from align.training.logps import token_logprobs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class PolicyNetwork(nn.Module):
+    """What DeepSpeed wraps: packed batch in, log-probabilities of its response tokens out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: PackedBatch, chunk: int, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[N] float32 log-probabilities and, where asked for, [N] entropies."""
+        dtype = self.network.dtype
+        hidden = self.network.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=attention.build_mask(batch, dtype),
+            use_cache=False,
+        ).last_hidden_state
+        before_responses = hidden.flatten(0, 1).index_select(0, batch.read_from)
+        head = self.network.get_output_embeddings()
+        found = token_logprobs(
+            before_responses,
+            head.weight,
+            head.bias,
+            batch.targets,
+            chunk=chunk,
+            entropy=entropy,
+            gather=lambda: gathered([p for p in (head.weight, head.bias) if p is not None]),
+        )
+        return found.logprobs, found.entropies
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Makes ZeRO-3 parameters whole on every rank inside the block (collective); others are whole already."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded)
+
+
+def load_network(model_dir: Path, dtype: str, gradient_checkpointing: bool = False) -> nn.Module:
+    """The model in `model_dir`, without dropout, with packed attention; refuses heads that this project cannot compute."""
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    network = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=DTYPES[dtype], attn_implementation=attention.ATTENTION, use_safetensors=True
+    )
+    _refuse_unsupported(network, model_dir)
+    for module in network.modules():  # a preference loss compares log-probabilities; noise in them is not wanted
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    if gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    return network
+
+
+def _refuse_unsupported(network: nn.Module, model_dir: Path) -> None:
+    config = network.config.get_text_config()
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise InputError(
+                f"{model_dir}: models that set `{key}` are not supported: their logits are not a plain linear head"
+            )
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        raise InputError(
+            f"{model_dir}: only full attention in every layer is supported, and this model has {config.layer_types}"
+        )
+    if network.get_output_embeddings() is None:
+        raise InputError(f"{model_dir}: not a causal language model: it has no output head")
+
+
+def add_lora(network: nn.Module, lora: Lora, model_dir: Path) -> Any:
+    """Put adapters into the network, in place, and return PEFT's view of it."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = lora.target_modules
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(model_dir),
+    )
+    try:
+        peft_model = get_peft_model(network, config)
+    except ValueError as error:
+        raise InputError(f"policy.lora.target_modules: {error}") from error
+    odd = [name for name, layer in lora_layers(network) if not isinstance(layer.base_layer, nn.Linear)]
+    if odd or any(layer is network.get_output_embeddings() for _, layer in lora_layers(network)):
+        raise InputError(
+            f"policy.lora.target_modules: adapters go on linear layers other than the output head, not {odd or 'the head'}"
+        )
+    return peft_model
+
+
+def lora_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of every layer that carries an adapter."""
+    for name, module in network.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            yield name, module
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Evaluate without gradients and without training-time noise, then go back to the mode before."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)

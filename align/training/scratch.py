@@ -64,6 +64,7 @@ def model_config(shape: Scratch) -> Qwen3Config:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         max_position_embeddings=shape.context,
+        initializer_range=shape.hidden_size**-0.5,
         tie_word_embeddings=shape.tie_word_embeddings,
         pad_token_id=0,
         eos_token_id=1,
@@ -73,6 +74,11 @@ def model_config(shape: Scratch) -> Qwen3Config:
 
 
 def _write_model(directory: Path, shape: Scratch, seed: int) -> None:
+    """Weights start at standard deviation 1/sqrt(width), not at transformers' 0.02, which is meant for large models.
+
+    With 0.02 a width of 128 took over twice the steps to learn three-digit addition (greedy accuracy after 800
+    steps of 128 noisy examples: 0.53 against 0.98).
+    """
     import torch
     from transformers import GenerationConfig, Qwen3ForCausalLM
 

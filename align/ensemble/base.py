@@ -1,0 +1,80 @@
+"""What every label model has in common.
+
+Legend: N samples, M verifiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from align.ensemble.table import VerdictTable
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A label model after it has seen a table: the posterior, the parameters and the diagnostics.
+
+    Example: Fit(p_good=np.array([0.9, 0.2]), balance=0.55, tpr=np.array([0.8]), tnr=np.array([0.7]),
+    diagnostics={"iterations": 12.0}, warnings=())
+    """
+
+    p_good: np.ndarray  # [N] in [0, 1]; NaN where every verifier abstained
+    balance: float  # share of good responses
+    tpr: np.ndarray  # [M] P(yes | good)
+    tnr: np.ndarray  # [M] P(no | not good)
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+class LabelModel(Protocol):
+    """Turns a table of verdicts into P(good), with nothing to learn from but the verdicts themselves."""
+
+    def fit(self, table: VerdictTable) -> Fit: ...
+
+
+def weighted_rates(votes: np.ndarray, p_good: np.ndarray, pseudo: float, tilt: float) -> tuple[np.ndarray, np.ndarray]:
+    """TPR and TNR [M] of votes [N, M] where each sample counts as good with probability p_good [N].
+
+    `pseudo` votes of which `tilt` are right are added to each count, so a verifier that was never heard is thought a
+    little better than chance.  Without pseudo-votes a verifier that was never heard has rate NaN.
+    """
+    heard = ~np.isnan(votes)
+    good = np.nan_to_num(p_good, nan=0.0)
+    bad = np.nan_to_num(1.0 - p_good, nan=0.0)
+    yes = np.where(heard, votes, 0.0)
+    with np.errstate(invalid="ignore"):
+        tpr = (good @ yes + pseudo * tilt) / (good @ heard + pseudo)
+        tnr = (bad @ (heard - yes) + pseudo * tilt) / (bad @ heard + pseudo)
+    return tpr, tnr
+
+
+def shrink(mean: np.ndarray, voters: np.ndarray, pseudo: float) -> np.ndarray:
+    """[N]: a mean verdict as if `pseudo` further verifiers had said one half, so few voters never make a certainty."""
+    with np.errstate(invalid="ignore"):
+        return np.where(voters > 0, (voters * mean + pseudo * 0.5) / (voters + pseudo), np.nan)
+
+
+def match_balance(p_good: np.ndarray, balance: float) -> np.ndarray:
+    """P(good) moved by one constant in log-odds so that its mean over the round is `balance`; the order stays."""
+    present = ~np.isnan(p_good)
+    if not present.any():
+        return p_good
+    clipped = np.clip(p_good, 1e-6, 1.0 - 1e-6)
+    logit = np.log(clipped) - np.log1p(-clipped)
+    low, high = -40.0, 40.0
+    for _ in range(60):  # bisection: the mean rises with the shift
+        shift = (low + high) / 2
+        if sigmoid(logit[present] + shift).mean() < balance:
+            low = shift
+        else:
+            high = shift
+    return sigmoid(logit + (low + high) / 2)
+
+
+def sigmoid(logit: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), without overflow at either end."""
+    return np.exp(-np.logaddexp(0.0, -logit))

@@ -1,0 +1,88 @@
+"""The verdicts of a round as one array.
+
+Legend: N samples, M verifiers, P prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from align.records import Sample, Verdict
+from align.verifiers.registry import kind_of
+from align.verifiers.spec import VerifierSpec
+
+NO_VERDICT = "no verdict on record"
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictTable:
+    """What every verifier said of every sample; NaN where it gave none.
+
+    Example: VerdictTable(values=np.array([[1.0, 0.3], [0.0, np.nan]]), names=("nines", "reward"),
+    kinds=("binary", "score"), families=("", ""), prompts=np.array([0, 0]), failures=({}, {"too long": 1}))
+    """
+
+    values: np.ndarray  # [N, M] float64; binary verifiers say 0 or 1, score verifiers any finite number
+    names: tuple[str, ...]  # [M]
+    kinds: tuple[str, ...]  # [M] "binary" or "score"
+    families: tuple[str, ...]  # [M] verifiers with the same non-empty family share a source of error
+    prompts: np.ndarray  # [N] int: which prompt a sample answers
+    failures: tuple[Mapping[str, int], ...] = ()  # [M] how often each reason stands for a missing verdict
+
+    def __post_init__(self) -> None:
+        n, m = self.values.shape
+        assert len(self.names) == len(self.kinds) == len(self.families) == m and self.prompts.shape == (n,)
+        assert len(self.failures) in (0, m) and set(self.kinds) <= {"binary", "score"}
+        if np.isinf(self.values).any():
+            raise ValueError(f"verifier {self._first_column(np.isinf(self.values))!r} gave an infinite value")
+        binary = np.array([kind == "binary" for kind in self.kinds], dtype=bool)
+        odd = binary & ~(np.isnan(self.values) | (self.values == 0) | (self.values == 1))
+        if odd.any():
+            raise ValueError(f"verifier {self._first_column(odd)!r} is binary but gave a value other than 0 and 1")
+
+    def _first_column(self, where: np.ndarray) -> str:
+        return self.names[int(where.any(axis=0).argmax())]
+
+
+def from_records(
+    samples: Sequence[Sample], verdicts: Sequence[Verdict], specs: Sequence[VerifierSpec]
+) -> VerdictTable:
+    """The table of these samples, rows in their order, one column per verifier of the recipe in its order."""
+    row = {sample.id: i for i, sample in enumerate(samples)}
+    column = {spec.name: j for j, spec in enumerate(specs)}
+    if len(row) != len(samples):
+        raise ValueError("a sample id occurs twice")
+    values = np.full((len(samples), len(specs)), np.nan)
+    seen = np.zeros(values.shape, dtype=bool)
+    failures: list[Counter[str]] = [Counter() for _ in specs]
+    for verdict in verdicts:
+        if verdict.sample_id not in row or verdict.verifier not in column:
+            raise ValueError(f"verdict of {verdict.verifier!r} on {verdict.sample_id!r}: no such sample or verifier")
+        i, j = row[verdict.sample_id], column[verdict.verifier]
+        if seen[i, j]:
+            raise ValueError(f"two verdicts of {verdict.verifier!r} on {verdict.sample_id!r}")
+        seen[i, j] = True
+        if verdict.value is None:
+            failures[j][verdict.reason or "no reason given"] += 1
+        elif not math.isfinite(verdict.value):
+            raise ValueError(f"verifier {verdict.verifier!r} gave {verdict.value}; it must be a number or none")
+        else:
+            values[i, j] = verdict.value
+    for j, missing in enumerate((~seen).sum(axis=0).tolist()):
+        if missing:
+            failures[j][NO_VERDICT] += missing
+    number: dict[str, int] = {}
+    prompts = np.array([number.setdefault(sample.prompt_id, len(number)) for sample in samples], dtype=np.int64)
+    return VerdictTable(
+        values=values,
+        names=tuple(column),
+        kinds=tuple(kind_of(spec) for spec in specs),
+        families=tuple(spec.family or "" for spec in specs),
+        prompts=prompts,
+        failures=tuple(dict(counter) for counter in failures),
+    )

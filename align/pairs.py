@@ -1,0 +1,160 @@
+"""From scored responses to preference pairs.
+
+With q = P(good), taken as independent of each other: P(win) = q_a (1 - q_b), P(loss) = q_b (1 - q_a), and the rest
+is a tie. A best-against-worst pair is hardly ever the wrong way round; where it misleads, both are good or both are
+bad, and the weight P(win) + P(loss) says so.  Everything that does not become a pair is counted under the stage
+that dropped it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from align.recipe import Pairs
+from align.records import Pair, Sample, Score, content_id
+
+DROPPED = {
+    "ties": "had equal rewards",
+    "identical": "were two identical responses",
+    "below_margin": "differed by no more than pairs.min_margin",
+    "too_likely_tie": "were ties with more than pairs.max_tie",
+    "over_limit": "were beyond pairs.max_per_prompt",
+}
+"""Why a candidate pair did not become one, in the order in which the stages look."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairReport:
+    """The pairs of a round, and what became of everything else.
+
+    Example: PairReport(pairs=(…), counts={"samples": 64, "unscored": 2, "prompts": 8, "single": 0, "candidates": 8,
+    "ties": 3, "identical": 0, "below_margin": 0, "too_likely_tie": 0, "over_limit": 0, "pairs": 5},
+    length_gap_tokens=1.2)
+    """
+
+    pairs: tuple[Pair, ...]
+    counts: Mapping[str, int]  # candidates = the stages of DROPPED + pairs
+    length_gap_tokens: float  # mean length of the chosen minus that of the rejected, 0 without pairs
+
+    def explain(self) -> str:
+        """One sentence per stage that lost something; enough to mend a round without pairs."""
+        c = self.counts
+        said = [f"{c['pairs']} pairs from {c['samples']} responses to {c['prompts']} prompts"]
+        if c["unscored"]:
+            said.append(f"{c['unscored']} responses had no score (too few verdicts, see ensemble.min_voters)")
+        if c["single"]:
+            said.append(f"{c['single']} prompts had fewer than two scored responses")
+        said += [f"{c[stage]} of {c['candidates']} candidates {why}" for stage, why in DROPPED.items() if c[stage]]
+        return "; ".join(said)
+
+
+def build_pairs(scores: Sequence[Score], samples_by_id: Mapping[str, Sample], settings: Pairs) -> PairReport:
+    """The pairs of these scores.  The result does not depend on the order of the scores.
+
+    `samples_by_id` holds the round's samples; those without a score are counted as `unscored`.
+    """
+    by_prompt: dict[str, list[Score]] = {}
+    for score in sorted(scores, key=lambda s: (s.prompt_id, -s.reward, s.sample_id)):
+        if score.sample_id not in samples_by_id:
+            raise ValueError(f"score of {score.sample_id!r} belongs to no sample")
+        by_prompt.setdefault(score.prompt_id, []).append(score)
+    if len({score.sample_id for score in scores}) != len(scores):
+        raise ValueError("two scores of one sample")
+    counts = dict.fromkeys(("samples", "unscored", "prompts", "single", "candidates", *DROPPED, "pairs"), 0)
+    counts["samples"] = len(samples_by_id)
+    counts["unscored"] = len(samples_by_id) - len(scores)
+    counts["prompts"] = len({sample.prompt_id for sample in samples_by_id.values()})
+    counts["single"] = counts["prompts"] - sum(len(group) > 1 for group in by_prompt.values())
+    pairs: list[Pair] = []
+    for group in by_prompt.values():
+        pairs += _of_prompt(group, samples_by_id, settings, counts)
+    counts["pairs"] = len(pairs)
+    return PairReport(tuple(pairs), counts, _length_gap(pairs, samples_by_id))
+
+
+def _of_prompt(
+    group: Sequence[Score], samples: Mapping[str, Sample], settings: Pairs, counts: dict[str, int]
+) -> list[Pair]:
+    """One prompt's pairs from its scores, best first; adds what it drops to `counts`."""
+    kept = []
+    for better, worse in BUILDERS[settings.builder](group, settings.k):
+        counts["candidates"] += 1
+        pair = make_pair(better, worse, settings)
+        stage = _dropped_at(better, worse, pair, samples, settings)
+        if stage is None:
+            kept.append(pair)
+        else:
+            counts[stage] += 1
+    kept.sort(key=lambda p: (-p.margin, p.id))
+    limit = settings.max_per_prompt or len(kept)
+    counts["over_limit"] += max(0, len(kept) - limit)
+    return kept[:limit]
+
+
+def _dropped_at(
+    better: Score, worse: Score, pair: Pair, samples: Mapping[str, Sample], settings: Pairs
+) -> str | None:
+    """The stage that drops this candidate, if one does."""
+    if better.reward == worse.reward:
+        return "ties"
+    if samples[better.sample_id].response_ids == samples[worse.sample_id].response_ids:
+        return "identical"
+    if pair.margin <= settings.min_margin:
+        return "below_margin"
+    tie = 1.0 - better.p_good * (1.0 - worse.p_good) - worse.p_good * (1.0 - better.p_good)
+    return "too_likely_tie" if tie > settings.max_tie else None
+
+
+def make_pair(better: Score, worse: Score, settings: Pairs) -> Pair:
+    """The pair of two scores of one prompt, soft or hard.
+
+    Example: q = 0.9 against 0.2 gives P(win) = 0.72, P(loss) = 0.02, P(tie) = 0.26 and weight 0.74.
+    """
+    win = better.p_good * (1.0 - worse.p_good)
+    loss = worse.p_good * (1.0 - better.p_good)
+    soft = settings.labels == "soft"
+    return Pair(
+        id=content_id(better.sample_id, worse.sample_id),
+        prompt_id=better.prompt_id,
+        chosen_id=better.sample_id,
+        rejected_id=worse.sample_id,
+        p_win=win if soft else 1.0,
+        p_tie=max(0.0, 1.0 - win - loss) if soft else 0.0,
+        weight=win + loss if soft else 1.0,
+        margin=better.reward - worse.reward,
+        builder=settings.builder,
+    )
+
+
+def best_worst(group: Sequence[Score], k: int) -> list[tuple[Score, Score]]:
+    """The best against the worst."""
+    return [(group[0], group[-1])] if len(group) > 1 else []
+
+
+def all_margin(group: Sequence[Score], k: int) -> list[tuple[Score, Score]]:
+    """Every response against every worse one; the margin is looked at later."""
+    return list(combinations(group, 2))
+
+
+def top_bottom(group: Sequence[Score], k: int) -> list[tuple[Score, Score]]:
+    """Each of the best k against each of the worst k; with fewer than 2k, the better half against the worse half."""
+    k = min(k, len(group) // 2)
+    return [(better, worse) for better in group[:k] for worse in group[len(group) - k :]]
+
+
+BUILDERS: dict[str, Callable[[Sequence[Score], int], list[tuple[Score, Score]]]] = {
+    "best_worst": best_worst,
+    "all_margin": all_margin,
+    "top_bottom": top_bottom,
+}
+"""Each takes one prompt's scores, best first with ties broken by sample id, and returns (better, worse)."""
+
+
+def _length_gap(pairs: Sequence[Pair], samples: Mapping[str, Sample]) -> float:
+    """Mean tokens of the chosen minus mean tokens of the rejected."""
+    if not pairs:
+        return 0.0
+    gaps = [len(samples[p.chosen_id].response_ids) - len(samples[p.rejected_id].response_ids) for p in pairs]
+    return sum(gaps) / len(gaps)

@@ -35,7 +35,8 @@ class Sampler:
         config = check_model_dir(model_dir)
         self.ranks, self._settings = ranks, recipe.sampling
         self.tied = bool(config.get("text_config", config).get("tie_word_embeddings", False))
-        self.dtype = recipe.policy.dtype
+        self.dtype: str = recipe.policy.dtype
+        self.syncs = 0  # weight deliveries so far
         arguments = {
             "dtype": recipe.policy.dtype,
             "seed": recipe.seed,
@@ -44,9 +45,11 @@ class Sampler:
             "logprobs_mode": "raw_logprobs",
             "max_model_len": _longest(recipe, config),
         }
-        arguments |= environment.device_defaults(model_dir, config, recipe.policy.dtype, arguments["max_model_len"])
+        arguments |= environment.device_defaults(config, recipe.policy.dtype, arguments["max_model_len"])
         arguments |= recipe.sampling.engine
-        self.llm = environment.make_llm(model_dir, arguments, "sampling.engine", world_size=ranks.world_size)
+        self.llm = environment.make_llm(
+            model_dir, config, arguments, "sampling.engine", world_size=ranks.world_size
+        )
         self.context: int = self.llm.model_config.max_model_len
 
         from transformers import AutoTokenizer
@@ -100,6 +103,7 @@ class Sampler:
         Use `align.sampling.weights.sync`, which also proves that what arrived is what was sent.
         """
         missing = self.llm.collective_rpc(_reload, args=(weights,))[0]
+        self.syncs += 1
         self.llm.reset_prefix_cache()
         return missing
 

@@ -76,18 +76,22 @@ def prepare() -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # says that a CPU has no Triton
 
 
-def make_llm(model_dir: Path, settings: Mapping[str, Any], key: str, *, world_size: int) -> Any:
+def make_llm(
+    model_dir: Path, config: Mapping[str, Any], settings: Mapping[str, Any], key: str, *, world_size: int
+) -> Any:
     """An in-process `vllm.LLM`; `settings` are our defaults with the user's on top.  Collective where world_size > 1.
+
+    `config` is the model's config.json.
 
     Every rank has its own one-worker engine.  `external_launcher` makes vLLM join the process group that exists
     instead of opening one.
     """
     prepare()
     with sheltered():
+        _spare_cpu_compilers(config)
         from vllm import LLM
 
         _refuse_unknown(settings, key)
-        register_architectures(model_dir)
         arguments: dict[str, Any] = {
             "load_format": "safetensors",
             "trust_remote_code": False,
@@ -103,7 +107,7 @@ def make_llm(model_dir: Path, settings: Mapping[str, Any], key: str, *, world_si
             raise InputError(f"{key}: vLLM refuses {model_dir}: {_first_reason(error)}") from error
 
 
-def device_defaults(model_dir: Path, config: Mapping[str, Any], dtype: str, max_model_len: int | None) -> dict[str, Any]:
+def device_defaults(config: Mapping[str, Any], dtype: str, max_model_len: int | None) -> dict[str, Any]:
     """Settings that depend on where the engine runs.
 
     On CPU: no graph compilation (it takes longer than the small models take to sample) and a KV cache for 256
@@ -164,19 +168,22 @@ def sheltered() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def register_architectures(model_dir: Path) -> None:
-    """On CPU, let vLLM read a model class's abilities here instead of in a new process, which takes 8 s the first time.
+def _spare_cpu_compilers(config: Mapping[str, Any]) -> None:
+    """Two costs that vLLM has on its first start on a CPU, and that buy nothing there.
 
-    vLLM asks a subprocess because importing a model might initialise CUDA; without a GPU there is nothing to protect.
+    It counts the rank of every log-prob in a kernel compiled by g++ (8 s, and an error where there is no compiler), and
+    it asks a new process what the model class can do, lest the import initialise CUDA (8 s).
     """
-    import json
-
     import torch
-    from vllm.model_executor.models.registry import ModelRegistry
 
     if torch.cuda.is_available():
         return
-    config = json.loads((model_dir / "config.json").read_text())
+    from vllm.platforms import current_platform
+
+    type(current_platform).simple_compile_backend = "eager"  # read when vllm.v1.sample is imported
+
+    from vllm.model_executor.models.registry import ModelRegistry
+
     for name in config.get("architectures") or ():
         lazy = ModelRegistry.models.get(name)
         if hasattr(lazy, "module_name"):

@@ -108,7 +108,7 @@ def _title(run_dir: Path) -> str:
     return f"{name}: {total:.0f} s in all" if isinstance(total, int | float) else name
 
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "align",
     "svg.fonttype": "path",
     "font.family": "DejaVu Sans",

@@ -10,12 +10,16 @@ Legend: P parameters, T parameters with a gradient, N ranks, b bytes per number 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from align.machine import Machine
 from align.model_shape import ModelShape
 from align.recipe import Recipe, Training
+from align.sampling.environment import GPU_MEMORY_SHARE, cpu_cache_bytes
+from align.training.deepspeed_config import effective_stage
+from align.verifiers.spec import RewardModelSpec
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -24,8 +28,9 @@ LOGIT_COPIES = 3
 their normaliser, and the probabilities.  Training holds fewer: its backward pass works in place."""
 REDUCE_BUCKET = 500_000_000
 """Numbers in DeepSpeed's communication buffer where `training.deepspeed` does not say."""
-VLLM_UTILIZATION = 0.92
-"""vLLM's own default of `gpu_memory_utilization`."""
+LIBRARIES = {"cpu": 1_200 * 2**20, "cuda": 600 * 2**20}
+"""What a rank takes before it holds a model: on a CPU the interpreter with torch, vLLM and DeepSpeed (measured: see
+the test); on a GPU the CUDA context and libraries (an estimate)."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +48,36 @@ class Part:
 
 
 def memory_parts(
-    recipe: Recipe, policy: ModelShape, rewards: dict[str, ModelShape], machine: Machine, *, ranks: int, longest: int
+    recipe: Recipe,
+    policy: ModelShape,
+    rewards: Sequence[tuple[RewardModelSpec, ModelShape]],
+    machine: Machine,
+    *,
+    ranks: int,
+    longest: int,
+    context: int,
 ) -> tuple[Part, ...]:
-    """All parts of one rank; `longest` is the longest prompt and response together, in tokens."""
+    """All parts of one rank; in tokens, `longest` is the longest prompt and response together and `context`
+    the longest sequence that the sampler is made for."""
     b = DTYPE_BYTES[recipe.policy.dtype]
     tokens, row = batch_tokens(recipe, ranks, longest)
     parts = [
-        *state_parts(recipe.training, policy, b, ranks),
-        _bucket(recipe.training, policy, b, machine),
-        _reference(recipe, policy, b, ranks),
+        Part("libraries", "device", LIBRARIES[machine.kind], "before any model", ""),
+        *state_parts(recipe.training, policy, recipe.policy.dtype, ranks),
+        _bucket(recipe.training, policy, recipe.policy.dtype, machine),
+        _reference(recipe, policy, ranks),
         _logits(recipe, policy, b, tokens),
         _activations(recipe, policy, b, tokens),
         _mask(b, tokens, row, machine),
-        *_sampler(recipe.sampling.engine, policy, b, machine, "sampler", "sampling.engine"),
+        *_engine(recipe.sampling.engine, policy, b, machine, "sampler", "sampling.engine", context),
     ]
-    for key, shape in rewards.items():
-        engine = _reward_engine(recipe, key)
-        parts += _sampler(engine, shape, b, machine, f"reward model {key}", f"the `engine` of verifier {key}")
+    for spec, shape in rewards:
+        key, longest_input = f"the `engine` of verifier {spec.name}", spec.max_tokens or shape.context or 2048
+        parts += _engine(spec.engine, shape, b, machine, f"reward model {spec.name}", key, longest_input)
     return tuple(part for part in parts if part.bytes)
 
 
-def state_parts(training: Training, policy: ModelShape, b: int, ranks: int) -> list[Part]:
+def state_parts(training: Training, policy: ModelShape, dtype: str, ranks: int) -> list[Part]:
     """Weights, gradients and optimizer state under ZeRO.
 
     Half precision: gradients in b and again in fp32 where they are accumulated; Adam keeps an fp32 master copy and two
@@ -71,7 +85,8 @@ def state_parts(training: Training, policy: ModelShape, b: int, ranks: int) -> l
     ZeRO-2 also gradients, ZeRO-3 also weights, and gathers one module at a time (4 bytes per parameter: weight and
     gradient).
     """
-    p, t, stage, n = policy.parameters, policy.trainable, training.zero_stage, ranks
+    p, t, n, b = policy.parameters, policy.trainable, ranks, DTYPE_BYTES[dtype]
+    stage = effective_stage(training, dtype)
     full = b == 4 and stage == 0
     state = 8 if full else 12
     gradient = 4 if b == 4 or stage == 3 else b + 4
@@ -111,43 +126,41 @@ def state_parts(training: Training, policy: ModelShape, b: int, ranks: int) -> l
     return parts
 
 
-def _bucket(training: Training, policy: ModelShape, b: int, machine: Machine) -> Part:
+def _bucket(training: Training, policy: ModelShape, dtype: str, machine: Machine) -> Part:
     """DeepSpeed's gradient buffer: allocated whole on a GPU; on a CPU only the touched pages count."""
-    settings = training.deepspeed.get("zero_optimization", {})
-    wanted = int(settings.get("reduce_bucket_size", REDUCE_BUCKET))
+    wanted = int(training.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", REDUCE_BUCKET))
     size = wanted if machine.kind == "cuda" else min(wanted, policy.trainable)
-    size = size if training.zero_stage else 0
+    size = size if effective_stage(training, dtype) else 0
+    b = DTYPE_BYTES[dtype]
     knob = "training.deepspeed: {zero_optimization: {reduce_bucket_size: …}}"
     return Part("communication buffer", "device", size * b, f"bucket {size:,} x {b}", knob)
 
 
-def _reference(recipe: Recipe, policy: ModelShape, b: int, ranks: int) -> Part:
-    """A frozen copy for `reference: initial`; none with LoRA (adapter off) or for `round` (log-probs kept instead)."""
-    training = recipe.training
-    copies = int(training.reference == "initial" and recipe.policy.lora is None)
+def _reference(recipe: Recipe, policy: ModelShape, ranks: int) -> Part:
+    """A frozen copy of the initial policy, which KL is measured against even with `reference: round`; none with LoRA,
+    where it is the policy with the adapter off."""
+    training, b = recipe.training, DTYPE_BYTES[recipe.policy.dtype]
     share = ranks if training.zero_stage == 3 else 1
+    size = 0 if recipe.policy.lora is not None else policy.parameters * b // share
     formula = f"P {policy.parameters:,} x {b}" + (f" / N {ranks}" if share > 1 else "")
     place = "host" if training.offload == "all" else "device"
-    return Part(
-        "reference",
-        place,
-        copies * policy.parameters * b // share,
-        formula,
-        "training.reference: round, or policy.lora",
-    )
+    return Part("reference", place, size, formula, "policy.lora or training.zero_stage: 3")
 
 
 def batch_tokens(recipe: Recipe, ranks: int, longest: int) -> tuple[int, int]:
     """(tokens of one forward pass, length of a row of it) at most.
 
-    A row is as long as the longest group, a prompt with all its paired responses, and a group is never cut.
+    A row is as long as the longest group: a prompt with as many of its paired responses as the budget holds, two at
+    least.  A batch holds the step's pairs at most, and one group at least.
     """
-    sampling, pairs = recipe.sampling, recipe.pairs
-    responses = {"best_worst": 2, "top_bottom": 2 * pairs.k, "all_margin": sampling.samples_per_prompt}[pairs.builder]
-    prompt = longest - sampling.max_new_tokens
-    row = prompt + min(responses, sampling.samples_per_prompt) * sampling.max_new_tokens
-    step = -(-recipe.training.pairs_per_step // ranks) * (prompt + 2 * sampling.max_new_tokens)
-    return max(row, min(recipe.training.tokens_per_batch, step)), row
+    sampling, pairs, budget = recipe.sampling, recipe.pairs, recipe.training.tokens_per_batch
+    wanted = {"best_worst": 2, "top_bottom": 2 * pairs.k, "all_margin": sampling.samples_per_prompt}[pairs.builder]
+    response = sampling.max_new_tokens
+    prompt = longest - response
+    pair = prompt + 2 * response
+    row = max(pair, min(budget, prompt + min(wanted, sampling.samples_per_prompt) * response))
+    step = -(-recipe.training.pairs_per_step // ranks) * pair
+    return max(row, min(budget, step)), row
 
 
 def _logits(recipe: Recipe, policy: ModelShape, b: int, tokens: int) -> Part:
@@ -202,21 +215,26 @@ def kv_bytes_per_token(policy: ModelShape, b: int) -> int:
     return 2 * policy.layers * policy.kv_width * b
 
 
-def _sampler(engine: dict[str, Any], shape: ModelShape, b: int, machine: Machine, name: str, key: str) -> list[Part]:
+def _engine(
+    engine: Mapping[str, Any], shape: ModelShape, b: int, machine: Machine, name: str, key: str, longest: int
+) -> list[Part]:
     """vLLM's own copy of the weights and its key-value cache.
 
-    The cache takes `kv_cache_memory_bytes` where that is given (on a CPU also VLLM_CPU_KVCACHE_SPACE, GiB);
-    otherwise vLLM claims `gpu_memory_utilization` of the device and uses what its weights leave of it.
+    The cache takes `kv_cache_memory_bytes` where that is given (on a CPU also VLLM_CPU_KVCACHE_SPACE, in GiB).
+    Otherwise, on a GPU, weights and cache together take `gpu_memory_utilization` of the device; on a CPU the cache
+    holds 256 sequences, or a quarter of what is free.
     """
-    weights = shape.parameters * b
-    per_token = kv_bytes_per_token(shape, b)
-    explicit = engine.get("kv_cache_memory_bytes")
-    if machine.kind == "cpu" and os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        explicit = int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) * GIB
-    if explicit is not None:
-        cache, source = int(explicit), "kv_cache_memory_bytes"
+    weights, per_token = shape.parameters * b, kv_bytes_per_token(shape, b)
+    given = engine.get("kv_cache_memory_bytes")
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if machine.kind == "cpu" and space:
+        cache, source = int(space) * GIB, "VLLM_CPU_KVCACHE_SPACE"
+    elif given is not None:
+        cache, source = int(given), "kv_cache_memory_bytes"
+    elif machine.kind == "cpu":
+        cache, source = cpu_cache_bytes(longest, per_token, machine.host_free), f"256 sequences of {longest:,}"
     else:
-        share = float(engine.get("gpu_memory_utilization", VLLM_UTILIZATION))
+        share = float(engine.get("gpu_memory_utilization", GPU_MEMORY_SHARE))
         cache = max(0, int(share * machine.device_bytes) - weights)
         source = f"gpu_memory_utilization {share:g} x {machine.device_bytes:,} - weights"
     formula = f"{source}; room for {cache // per_token:,} tokens of {per_token:,} bytes"
@@ -224,10 +242,3 @@ def _sampler(engine: dict[str, Any], shape: ModelShape, b: int, machine: Machine
         Part(f"{name} weights", "device", weights, f"P {shape.parameters:,} x {b}", "policy.dtype or a smaller model"),
         Part(f"{name} KV cache", "device", cache, formula, f"{key}: {{kv_cache_memory_bytes: …}}"),
     ]
-
-
-def _reward_engine(recipe: Recipe, name: str) -> dict[str, Any]:
-    """Engine arguments of the reward model called `name`."""
-    gold = recipe.evaluation.gold
-    specs = [*recipe.verifiers, *([gold] if gold is not None else [])]
-    return next(s.engine for s in specs if s.kind == "reward_model" and s.name == name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import InputError
+from align.model_files import check_model_dir, resolve_model
 from align.recipe import Lora, Policy
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -53,17 +54,19 @@ def policy_shape(policy: Policy) -> ModelShape:
 
 
 def load_config(model: str, revision: str | None, *, key: str) -> Any:
-    """A model's configuration; `key` is the recipe key that named it, for the error."""
+    """A model's configuration; `key` is the recipe key that named it, for the error.
+
+    Of a model on the hub only config.json is fetched; a local directory must be complete.
+    """
     from transformers import AutoConfig
 
     path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{key}: {model} holds no config.json; give the directory of a Hugging Face checkpoint")
-    elif not HUB_NAME.fullmatch(model):
-        raise InputError(f"{key}: {model} does not exist; give a directory with config.json and *.safetensors")
+    local = path.is_dir() or not HUB_NAME.fullmatch(model)
+    if local:
+        path = resolve_model(model, revision, key=key)
+        check_model_dir(path, key=key)
     try:
-        return AutoConfig.from_pretrained(str(path) if path.is_dir() else model, revision=revision)
+        return AutoConfig.from_pretrained(path if local else model, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{key}: {model} has no configuration that transformers can read: {first_line}") from None

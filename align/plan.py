@@ -16,6 +16,9 @@ from align.machine import Machine, find_machine, free_disk
 from align.memory import DTYPE_BYTES, GIB, Part, memory_parts
 from align.model_shape import ModelShape, config_shape, load_config, policy_shape
 from align.recipe import Recipe
+from align.sampling.environment import check_engine_settings
+from align.training.deepspeed_config import deepspeed_config, effective_stage
+from align.verifiers.spec import RewardModelSpec
 
 if TYPE_CHECKING:
     from align.prompts import PromptSet
@@ -117,12 +120,23 @@ def make_plan(
     `prompts` saves reading the source again; `machine` plans for another machine than this one.
     Raises InputError for a missing model, a bad prompt source, and whatever exceeds context, memory or disk.
     """
+    check_engine_settings(recipe.sampling.engine, "sampling.engine")
+    deepspeed_config(recipe.training, recipe.policy.dtype, ranks)
     policy = policy_shape(recipe.policy)
     context = _context(recipe, policy)
     facts = _prompt_facts(recipe, policy, context, prompts)
     machine = machine or find_machine(ranks)
     longest = facts.longest + recipe.sampling.max_new_tokens
-    memory = memory_parts(recipe, policy, reward_shapes(recipe), machine, ranks=ranks, longest=longest)
+    limit = recipe.prompts.max_tokens
+    memory = memory_parts(
+        recipe,
+        policy,
+        reward_shapes(recipe),
+        machine,
+        ranks=ranks,
+        longest=longest,
+        context=context if limit is None else min(context, limit + recipe.sampling.max_new_tokens),
+    )
     stages = plan_stages(recipe, facts, ranks)
     plan = Plan(
         recipe=recipe.name,
@@ -143,16 +157,16 @@ def make_plan(
     return Plan(**{**{f: getattr(plan, f) for f in plan.__dataclass_fields__}, "notes": find_notes(recipe, plan)})
 
 
-def reward_shapes(recipe: Recipe) -> dict[str, ModelShape]:
-    """Shape of every reward model, by the verifier's name, the gold verifier's too."""
+def reward_shapes(recipe: Recipe) -> list[tuple[RewardModelSpec, ModelShape]]:
+    """Every reward model with its shape, the gold verifier's too."""
     gold = recipe.evaluation.gold
     specs = [*recipe.verifiers, *([gold] if gold is not None else [])]
-    shapes = {}
+    found = []
     for spec in specs:
-        if spec.kind == "reward_model":
+        if isinstance(spec, RewardModelSpec):
             config = load_config(spec.model, spec.revision, key=f"verifiers.{spec.name}.model")
-            shapes[spec.name] = config_shape(config, spec.model, classifier=True)
-    return shapes
+            found.append((spec, config_shape(config, spec.model, classifier=True)))
+    return found
 
 
 def _context(recipe: Recipe, policy: ModelShape) -> int:
@@ -218,7 +232,7 @@ def plan_stages(recipe: Recipe, facts: PromptFacts, ranks: int) -> tuple[Stage, 
     evaluations = len({r for r in range(rounds.count) if r % evaluation.every == 0}) + 1
     voters = len(recipe.verifiers)
     pairs = rounds.prompts_per_round * pairs_per_prompt(recipe)
-    steps = math.ceil(pairs * training.epochs / training.pairs_per_step)
+    steps = training.epochs * math.ceil(pairs / training.pairs_per_step)
     tokens = pairs * training.epochs * (facts.longest + 2 * response)
     stages = []
     start = recipe.cold_start
@@ -250,15 +264,17 @@ def plan_disk(recipe: Recipe, policy: ModelShape, facts: PromptFacts, stages: tu
     """What lies in the run directory at its fullest: one checkpoint more than are kept, as the new one comes first."""
     b = DTYPE_BYTES[recipe.policy.dtype]
     p, t, training = policy.parameters, policy.trainable, recipe.training
-    state = 8 if b == 4 and training.zero_stage == 0 else 12
+    state = 8 if effective_stage(training, recipe.policy.dtype) == 0 else 12
     kept = min(training.keep_checkpoints + 1, recipe.rounds.count)
+    written = p if recipe.policy.lora is None else t  # frozen weights are not written again
     stores = []
     if recipe.policy.from_scratch is not None:
         stores.append(Store("new model", p * 4, f"P {p:,} x 4", "policy.from_scratch"))
     if recipe.cold_start is not None:
         stores.append(Store("cold start", p * 4, f"P {p:,} x 4", "policy.model"))
-    formula = f"{kept} x (P {p:,} x {b} + T {t:,} x {state})"
-    stores.append(Store("checkpoints", kept * (p * b + t * state), formula, "training.keep_checkpoints, policy.lora"))
+    formula = f"{kept} x (weights {written:,} x {b} + T {t:,} x {state})"
+    size = kept * (written * b + t * state)
+    stores.append(Store("checkpoints", size, formula, "training.keep_checkpoints or policy.lora"))
     stores.append(Store("export", p * b, f"P {p:,} x {b}", "policy.model"))
     samples = sum(s.times * s.counts.get("samples", 0) for s in stages)
     verdicts = sum(s.times * s.counts.get("verdicts", 0) for s in stages)

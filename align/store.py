@@ -270,9 +270,14 @@ class RunStore:
         if damaged:
             raise RunError("\n".join(damaged) + "\nThe disk did not keep what was written; older checkpoints are kept.")
         self._latest = version
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        """Delete the verified newest checkpoint's oldest predecessors; collective."""
         with self._ranks.stage("drop old checkpoints"):
-            if self._ranks.rank == 0:
-                for old in self._versions()[self._keep :]:
+            if self._ranks.rank == 0 and self._latest is not None:
+                older = [version for version in self._versions() if version <= self._latest]
+                for old in older[self._keep :]:
                     remove(self._inside(f"checkpoints/{old:05d}"), "store.checkpoint.drop")
 
     def _versions(self) -> list[int]:
@@ -308,6 +313,7 @@ class RunStore:
         with self._ranks.stage("point LATEST"):
             if self._ranks.rank == 0 and self._latest is not None and _latest_text(self.root) != f"{self._latest:05d}":
                 self._point_latest(self._latest)
+        self._drop_old()
 
     # ---- paths ---------------------------------------------------------------------------------------------
 

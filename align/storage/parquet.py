@@ -119,7 +119,7 @@ def _check_finite(field: pa.Field, values: list[Any]) -> None:
 def decode(kind: type[Record], data: bytes, path: Path) -> list[Any]:
     """The rows of a file written by `encode`; `path` is for the message where it is something else."""
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
     except (pa.ArrowException, OSError) as error:
         raise RunError(f"{path}: not a readable Parquet file: {error}") from None
     wanted = schema(kind)

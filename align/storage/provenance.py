@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -56,6 +57,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     return [f"{k}: {before.get(k, absent)} -> {after.get(k, absent)}" for k in keys if before.get(k) != after.get(k)]
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
     """Python, platform and the version of every installed package, without importing one; no variables, no names."""
     packages = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.recipe import Evaluation
-from align.records import Sample, Verdict
+from align.records import Sample, Verdict, content_id
 from align.verifiers.registry import kind_of
 
 BLOCK = 2_000_000  # resampled counts held at once
@@ -79,11 +79,11 @@ def evaluate(
     samples: Sequence[Sample],
     verdicts: Sequence[Verdict],
     gold: Sequence[Verdict] | None,
-    stats: Mapping[str, np.ndarray],
+    stats: Mapping[str, Sequence[float]],
     settings: Evaluation,
-    seed: int,
+    names: Sequence[str],
 ) -> dict[str, dict[str, float]]:
-    """Metric name -> {"value", "low", "high"}, over the held-out samples.
+    """Metric name -> {"value", "low", "high"}, over the held-out samples; `names` are the recipe's verifiers.
 
     `length`            mean response length, tokens
     `truncated`         share of responses that hit max_new_tokens
@@ -93,16 +93,24 @@ def evaluate(
     `pass@<k>`          chance that k responses hold a right one, over prompts with k judged responses
     `gold/<name>`       mean verdict of a gold verifier that gives scores
     `gold_coverage`     share of responses that the gold verifier judged
-    and the mean of each of `stats` ([N], NaN where unknown): `kl` nats per response, `entropy` nats per token.
-    A metric that nothing was measured for is absent.
+    and the mean of each of `stats` (one number per sample, NaN where unknown): `kl` nats per response, `entropy`
+    nats per token.
+
+    A metric that nothing was measured for is absent.  The resamples are seeded by the sample ids, and so
+    by the recipe's seed.
     """
     if not samples:
         raise ValueError("nothing to evaluate: no samples")
     sums = _Sums(samples)
     sums.add("length", np.array([len(s.response_ids) for s in samples], dtype=float))
     sums.add("truncated", np.array([s.finish_reason == "length" for s in samples], dtype=float))
-    for name in dict.fromkeys(verdict.verifier for verdict in verdicts):
-        values = sums.values_of([v for v in verdicts if v.verifier == name])
+    by_name: dict[str, list[Verdict]] = {name: [] for name in names}
+    for verdict in verdicts:
+        if verdict.verifier not in by_name:
+            raise ValueError(f"a verdict of {verdict.verifier!r}, which is not among the verifiers {list(names)}")
+        by_name[verdict.verifier].append(verdict)
+    for name, said in by_name.items():
+        values = sums.values_of(said)
         sums.add(f"verifier/{name}", values)
         sums.add(f"coverage/{name}", (~np.isnan(values)).astype(float))
     if gold is not None:
@@ -113,8 +121,9 @@ def evaluate(
             sums.add_accuracy(values, settings.k)
         else:
             sums.add(f"gold/{settings.gold.name}", values)
-    for name, values in stats.items():
-        sums.add(name, values)
+    for name, numbers in stats.items():
+        sums.add(name, np.asarray(numbers, dtype=float))
+    seed = int(content_id(*sums.row), 16)
     estimates = bootstrap(np.column_stack(sums.above), np.column_stack(sums.below), settings, seed)
     found = zip(sums.names, estimates, strict=True)
     return {name: estimate.as_dict() for name, estimate in found if not np.isnan(estimate.value)}

@@ -26,8 +26,8 @@ class ProxyGap:
 def proxy_gold_gap(history: Sequence[dict[str, dict[str, float]]]) -> ProxyGap:
     """Compares every `verifier/<name>` with gold over a run's evaluations, oldest first.
 
-    Over-optimisation (Gao et al., "Scaling Laws for Reward Model Overoptimization", 2022) is a proxy that rose beyond its
-    interval while gold fell beyond its own, both since gold's best evaluation.
+    Over-optimisation (Gao et al., "Scaling Laws for Reward Model Overoptimization", 2022) is a proxy that rose beyond
+    its interval while gold fell beyond its own, both since gold's best evaluation.
     """
     first, last = (history[0], history[-1]) if history else ({}, {})
     gold = next((name for name in last if name == "accuracy" or name.startswith("gold/")), None)

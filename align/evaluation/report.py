@@ -5,7 +5,7 @@ Legend: N samples, M verifiers.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,102 +15,76 @@ from align.ensemble.normalise import binarise, midranks, normalise, row_mean
 from align.ensemble.table import VerdictTable
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How well one source of opinion agrees with gold.
+def ensemble_report(
+    table: VerdictTable, combined: Combined, gold: Sequence[float | None] | np.ndarray
+) -> dict[str, Any] | None:
+    """How well each opinion agrees with gold [N] (none or NaN: not judged); None where gold judged nothing.
 
-    Example: Agreement("nines", accuracy=0.94, accuracy_at_balance=0.94, auc=0.95, coverage=0.99)
+    The opinions are `p_good`, the plain `mean` of the verdicts, the `majority` vote and `verifier/<name>`.  For each:
+
+    `accuracy`             cut at one half, a score verifier at its class-balance quantile; no opinion is half right
+    `accuracy_at_balance`  cut so that the share of yes is the ensemble's class balance: for an opinion without a cut
+    `auc`                  chance that a right response stands above a wrong one
+    `rank_correlation`     Spearman's with gold
+    `coverage`             share of the judged responses that it had an opinion on
+
+    Beside them `best_single` (the verifier with the best accuracy, known only thanks to gold), `gold_rate` (the
+    accuracy of always saying yes), `class_balance` (the ensemble's estimate of it), `judged`, `method`, and `explain`.
+    Gold that gives scores has neither accuracy nor AUC: those are empty, and the best single is by rank correlation.
     """
-
-    name: str
-    accuracy: float  # cut at one half (a score: at its class-balance quantile); no opinion counts as half right
-    accuracy_at_balance: float  # cut so that the share of yes is the ensemble's class balance
-    auc: float | None  # chance that a right response is above a wrong one; None where gold has one class only
-    coverage: float  # share of the responses known to gold that it had an opinion on
-
-
-@dataclass(frozen=True, slots=True)
-class EnsembleReport:
-    """P(good), the mean, the majority and each verifier, on the responses that gold judged.
-
-    Example: EnsembleReport(p_good=Agreement(…), mean=…, majority=…, verifiers=(…), best_single="nines", gold_rate=0.4,
-    judged=2048, method="dawid_skene", class_balance=0.41)
-    """
-
-    p_good: Agreement
-    mean: Agreement
-    majority: Agreement
-    verifiers: tuple[Agreement, ...]  # [M]
-    best_single: str  # the verifier with the best accuracy, known only thanks to gold
-    gold_rate: float  # share of right responses: the accuracy of always saying yes
-    judged: int  # responses that gold judged
-    method: str
-    class_balance: float  # the ensemble's own estimate of gold_rate
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def explain(self) -> str:
-        """The comparison in one line."""
-        best = next(v for v in self.verifiers if v.name == self.best_single)
-        return (
-            f"accuracy on gold ({self.judged} responses, {self.gold_rate:.1%} right): P(good) by {self.method} "
-            f"{self.p_good.accuracy:.1%}, best single verifier ({best.name}) {best.accuracy:.1%}, mean "
-            f"{self.mean.accuracy:.1%} (cut at the class balance {self.mean.accuracy_at_balance:.1%}), majority "
-            f"{self.majority.accuracy:.1%}"
-        )
-
-
-def ensemble_report(table: VerdictTable, combined: Combined, gold: np.ndarray) -> EnsembleReport | None:
-    """The comparison on gold [N] of 0, 1 and NaN (not judged); None where gold judged nothing."""
-    judged = ~np.isnan(gold)
+    known = np.array(gold, dtype=float)  # None becomes NaN
+    judged = ~np.isnan(known)
     if not judged.any():
         return None
-    truth = gold[judged]
-    if not np.isin(truth, (0.0, 1.0)).all():
-        raise ValueError("the ensemble can be compared with a binary gold verifier only")
-    balance = float(np.clip(combined.class_balance, 0.0, 1.0))
-    values, votes = normalise(table)[judged], binarise(table, balance)[judged]
+    truth = known[judged]
+    balance = combined.class_balance
+    opinions, cuts = _opinions(table, combined, judged)
+    binary = bool(np.isin(truth, (0.0, 1.0)).all())
+    graded = opinions if binary else {}
+    report: dict[str, Any] = {
+        "accuracy": {n: accuracy(x, truth) for n, x in cuts.items()} if binary else {},
+        "accuracy_at_balance": {n: accuracy_at_balance(x, truth, balance) for n, x in graded.items()},
+        "auc": {n: auc(x, truth) for n, x in graded.items()},
+        "rank_correlation": {n: rank_correlation(x, truth) for n, x in opinions.items()},
+        "coverage": {n: float((~np.isnan(x)).mean()) for n, x in opinions.items()},
+    }
+    measure = report["accuracy"] if binary else report["rank_correlation"]
+    best = max((f"verifier/{name}" for name in table.names), key=lambda n: -9.0 if measure[n] is None else measure[n])
+    report |= {
+        "best_single": best,
+        "gold_rate": float(truth.mean()),
+        "class_balance": balance,
+        "judged": len(truth),
+        "method": combined.method,
+        "explain": _explain("accuracy on gold" if binary else "rank correlation with gold", measure, best, len(truth)),
+    }
+    return report
 
-    def measure(name: str, opinion: np.ndarray, decision: np.ndarray) -> Agreement:
-        return Agreement(
-            name=name,
-            accuracy=accuracy(decision, truth),
-            accuracy_at_balance=accuracy_at_balance(opinion, truth, balance),
-            auc=auc(opinion, truth),
-            coverage=float((~np.isnan(opinion)).mean()),
-        )
 
-    p_good, mean, majority = combined.p_good[judged], row_mean(values), row_mean(votes)
-    verifiers = tuple(measure(name, values[:, j], votes[:, j]) for j, name in enumerate(table.names))
-    return EnsembleReport(
-        p_good=measure("p_good", p_good, p_good),
-        mean=measure("mean", mean, mean),
-        majority=measure("majority", majority, majority),
-        verifiers=verifiers,
-        best_single=max(verifiers, key=lambda v: v.accuracy).name,
-        gold_rate=float(truth.mean()),
-        judged=len(truth),
-        method=combined.method,
-        class_balance=balance,
-    )
+def _opinions(
+    table: VerdictTable, combined: Combined, judged: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Each opinion on the judged responses, and the same as it is cut at one half."""
+    values, votes = normalise(table)[judged], binarise(table, combined.class_balance)[judged]
+    shared = {"p_good": combined.p_good[judged], "mean": row_mean(values), "majority": row_mean(votes)}
+    columns = {f"verifier/{name}": j for j, name in enumerate(table.names)}
+    opinions = shared | {name: values[:, j] for name, j in columns.items()}
+    return opinions, shared | {name: votes[:, j] for name, j in columns.items()}
+
+
+def _explain(what: str, measure: dict[str, float | None], best: str, judged: int) -> str:
+    said = [
+        f"{name} {value:.3f}"
+        for name, value in ((n, measure[n]) for n in ("p_good", best, "mean", "majority"))
+        if value is not None
+    ]
+    return f"{what} ({judged} responses): {', '.join(said)}"
 
 
 def accuracy(opinion: np.ndarray, truth: np.ndarray) -> float:
     """Share of [N] where opinion > 1/2 agrees with truth; one half, or no opinion, is half right."""
-    with np.errstate(invalid="ignore"):
-        decided = np.where(opinion > 0.5, 1.0, np.where(opinion < 0.5, 0.0, 0.5))
+    decided = np.where(opinion > 0.5, 1.0, np.where(opinion < 0.5, 0.0, 0.5))
     return float(1.0 - np.abs(decided - truth).mean())
-
-
-def auc(opinion: np.ndarray, truth: np.ndarray) -> float | None:
-    """Chance that a right response's opinion is above a wrong one's, ties half, among those with an opinion."""
-    known = ~np.isnan(opinion)
-    ranks, truth = midranks(opinion[known]) * known.sum() + 0.5, truth[known]
-    right, wrong = truth.sum(), (1.0 - truth).sum()
-    if right == 0 or wrong == 0:
-        return None
-    return float((ranks @ truth - right * (right + 1) / 2) / (right * wrong))
 
 
 def accuracy_at_balance(opinion: np.ndarray, truth: np.ndarray, balance: float) -> float:
@@ -125,3 +99,25 @@ def accuracy_at_balance(opinion: np.ndarray, truth: np.ndarray, balance: float) 
     yes = np.full(len(opinion), 0.5)
     yes[known] = np.clip((top - (1.0 - balance)) / share, 0.0, 1.0)[inverse]
     return float(1.0 - np.abs(yes - truth).mean())
+
+
+def auc(opinion: np.ndarray, truth: np.ndarray) -> float | None:
+    """Chance that a right response's opinion is above a wrong one's, ties half, among those with an opinion.
+
+    None where only right or only wrong ones are left.
+    """
+    known = ~np.isnan(opinion)
+    ranks, truth = midranks(opinion[known]) * known.sum() + 0.5, truth[known]
+    right, wrong = truth.sum(), (1.0 - truth).sum()
+    if right == 0 or wrong == 0:
+        return None
+    return float((ranks @ truth - right * (right + 1) / 2) / (right * wrong))
+
+
+def rank_correlation(opinion: np.ndarray, truth: np.ndarray) -> float | None:
+    """Spearman's correlation among those with an opinion; None where either side is constant."""
+    known = ~np.isnan(opinion)
+    a, b = midranks(opinion[known]), midranks(truth[known])
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])

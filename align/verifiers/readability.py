@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from functools import lru_cache, partial
 from typing import Self
 
 from align.verifiers.base import Abstain, Item, PerItem
@@ -27,7 +28,8 @@ class Readability(PerItem):
 
     def __init__(self, name: str, formula: str, easy: Set[str] = frozenset()) -> None:
         super().__init__(name)
-        self._formula, self._easy = formula, easy
+        self._formula = formula
+        self._is_easy = lru_cache(maxsize=65536)(partial(is_easy, easy=easy))
 
     @classmethod
     def from_spec(cls, spec: ReadabilitySpec) -> Self:
@@ -45,7 +47,7 @@ class Readability(PerItem):
         if self._formula == "flesch":
             syllables = sum(map(count_syllables, found))
             return 206.835 - 1.015 * per_sentence - 84.6 * syllables / len(found)
-        hard = 100.0 * sum(not is_easy(word, self._easy) for word in found) / len(found)
+        hard = 100.0 * sum(not self._is_easy(word) for word in found) / len(found)
         return -(0.1579 * hard + 0.0496 * per_sentence + (3.6365 if hard > 5.0 else 0.0))
 
 

@@ -124,7 +124,7 @@ class Prompts(Block):
     """Where the questions come from."""
 
     source: str = "arithmetic"
-    """`arithmetic`, a JSONL, CSV or Parquet file, or `hub:<dataset>[:<split>]`."""
+    """`arithmetic`, a JSONL, CSV or Parquet file, or `hub:<dataset>[/<config>][:<split>]`."""
     arithmetic: Arithmetic = Arithmetic()
     """Settings of the built-in task."""
     prompt_column: str = "prompt"

@@ -1,0 +1,325 @@
+"""Prompts as the policy sees them: read, rendered, counted, split into training and evaluation.
+
+Which split a prompt falls into depends on its own text only, so adding rows or sorting the file moves nothing.
+Every row is either used, counted in the report, or named in an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from align.errors import InputError
+from align.prompt_sources import Row, RowErrors, read_rows, text_of, text_problem
+from align.recipe import Prompts, Recipe
+from align.records import Prompt, content_id
+from align.tasks import arithmetic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SPLITS = {"train": "train", "eval": "eval", "test": "eval", "validation": "eval"}
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a run.  Both tuples are in the order of the prompts' ids, whatever the file's order."""
+
+    train: tuple[Prompt, ...]
+    eval: tuple[Prompt, ...]
+    digest: str  # sha256 over split, id, token ids and answer of every prompt
+    report: Mapping[str, int]  # rows: read, duplicates, too_long; prompts: train, eval
+
+
+class _Item(NamedTuple):
+    """A row that passed its own checks, before it is rendered."""
+
+    where: str
+    content: str | list[dict[str, Any]]  # text, or chat messages
+    answer: str | None
+    split: str | None  # None: by hash
+
+
+def load_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int | None) -> PromptSet:
+    """Read the recipe's prompt source.  `context` is the model's longest sequence in tokens, None where unknown.
+
+    `Prompt.token_ids` is what the policy gets.  `Prompt.text` is the rendered prompt that people and verifiers
+    read: it lacks special tokens that only the tokenizer adds (such as a leading `<s>`).
+    """
+    settings = recipe.prompts
+    _check_settings(settings, tokenizer)
+    items = _read_arithmetic(settings, recipe.seed) if settings.source == "arithmetic" else _read_source(settings)
+    texts = _render(items, settings, tokenizer)
+    token_ids = _tokenize(items, texts, tokenizer, chat=settings.chat_template)
+    keep = _short_enough(items, token_ids, recipe, context)
+    prompts, duplicates = _unique([items[i] for i in keep], [texts[i] for i in keep], [token_ids[i] for i in keep],
+                                  settings)  # fmt: skip
+    train = tuple(p for p in prompts if p.split == "train")
+    held_out = tuple(p for p in prompts if p.split == "eval")
+    _check_splits(train, held_out, settings)
+    counts = {"read": len(items), "duplicates": duplicates, "too_long": len(items) - len(keep)}
+    return PromptSet(train, held_out, _digest(prompts), {**counts, "train": len(train), "eval": len(held_out)})
+
+
+def round_prompts(prompts: Sequence[Prompt], round: int, count: int, seed: int) -> tuple[Prompt, ...]:
+    """The prompts of one round, counted from 0.
+
+    Rounds cut an endless sequence of epochs into pieces of `count`, each epoch a new seeded order of all prompts, so
+    over an epoch every prompt comes exactly once even where `count` does not divide it.  A round that straddles two
+    epochs still has no prompt twice: what it took at the end of one epoch comes later in the next.
+    """
+    if not 1 <= count <= len(prompts):
+        raise InputError(
+            f"rounds.prompts_per_round: {count} prompts wanted, but there are only {len(prompts)} training prompts; "
+            f"lower it to at most {len(prompts)} or add prompts"
+        )
+    epoch, offset = divmod(round * count, len(prompts))
+    this: list[int] = []
+    for e in range(epoch + 1):
+        this = _epoch_order(this, e, len(prompts), count, seed)
+    following = _epoch_order(this, epoch + 1, len(prompts), count, seed)
+    return tuple(prompts[i] for i in (this + following)[offset : offset + count])
+
+
+def _epoch_order(previous: list[int], epoch: int, size: int, count: int, seed: int) -> list[int]:
+    """The order of one epoch, given that of the epoch before."""
+    order = list(range(size))
+    random.Random(f"prompts:{seed}:{epoch}").shuffle(order)
+    tail = size * epoch % count  # how much of the round that straddles the border lies before it
+    used = set(previous[size - tail :])
+    first = [i for i in order if i not in used][: count - tail]
+    chosen = set(first)
+    return first + [i for i in order if i not in chosen]
+
+
+def _check_settings(settings: Prompts, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keys that would have no effect, and a chat template that is not there."""
+    if settings.source == "arithmetic":
+        for name in ("answer_column", "split_column", "limit"):
+            if getattr(settings, name) is not None:
+                raise InputError(f"prompts.{name}: has no meaning with source: arithmetic; remove it")
+    if settings.revision is not None and not settings.source.startswith("hub:"):
+        raise InputError("prompts.revision: only a hub:<dataset> source has revisions; remove it")
+    if settings.system_prompt is not None and not settings.chat_template:
+        raise InputError("prompts.system_prompt: needs `chat_template: true`; plain text has no system message")
+    if settings.chat_template and not tokenizer.chat_template:
+        raise InputError(
+            "prompts.chat_template: this model's tokenizer has no chat template; set it to false or use a chat model"
+        )
+
+
+def _read_arithmetic(settings: Prompts, seed: int) -> list[_Item]:
+    drawn = arithmetic.problems(settings.arithmetic, seed)
+    return [_Item(f"arithmetic:{i}", p.question, p.answer, None) for i, p in enumerate(drawn, 1)]
+
+
+def _read_source(settings: Prompts) -> list[_Item]:
+    """Rows of a file or hub dataset, each checked; all bad rows are told together."""
+    columns = [c for c in (settings.prompt_column, settings.answer_column, settings.split_column) if c is not None]
+    rows = read_rows(
+        settings.source, columns=tuple(columns), key="prompts.source", limit=settings.limit, revision=settings.revision
+    )
+    errors = RowErrors()
+    items = []
+    for row in rows:
+        before = errors.count
+        content = _content(row, settings, errors)
+        answer, split = None, None
+        if settings.answer_column is not None:
+            answer = text_of(row, settings.answer_column, errors, integers=True)
+        if settings.split_column is not None:
+            split = _named_split(row, settings.split_column, errors)
+        if errors.count == before:
+            assert content is not None
+            items.append(_Item(row.where, content, answer, split))
+    errors.check("prompts.prompt_column, answer_column and split_column say which columns are read")
+    return items
+
+
+def _content(row: Row, settings: Prompts, errors: RowErrors) -> str | list[dict[str, Any]] | None:
+    """The prompt column: text, or with a chat template also a list of messages."""
+    value = row.values.get(settings.prompt_column)
+    if not isinstance(value, list):
+        return text_of(row, settings.prompt_column, errors)
+    problem = _messages_problem(value, settings) if settings.chat_template else (
+        "is a list of chat messages; set prompts.chat_template to true")  # fmt: skip
+    if problem:
+        errors.add(f"{row.where}: {settings.prompt_column}: {problem}")
+        return None
+    return value
+
+
+def _messages_problem(messages: list[Any], settings: Prompts) -> str | None:
+    """What keeps a list from being a conversation that the policy can answer, in words."""
+    if not messages:
+        return "is an empty list of chat messages"
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            return f"message {number}: expected an object with role and content"
+        if message["role"] not in _ROLES:
+            return f"message {number}: role {message['role']!r} is none of {', '.join(_ROLES)}"
+        problem = text_problem(message["content"])
+        if problem:
+            return f"message {number}: content: {problem}"
+        if message["role"] == "system" and number > 1:
+            return f"message {number}: a system message must come first"
+    if messages[0]["role"] == "system" and settings.system_prompt is not None:
+        return "has a system message of its own, and prompts.system_prompt gives another; remove one"
+    if messages[-1]["role"] not in ("user", "tool"):
+        return f"the last message is from {messages[-1]['role']!r}; the policy answers a user (or a tool)"
+    return None
+
+
+def _named_split(row: Row, column: str, errors: RowErrors) -> str | None:
+    name = text_of(row, column, errors)
+    if name is not None and name not in _SPLITS:
+        errors.add(f"{row.where}: {column}: expected one of {', '.join(_SPLITS)}, found {name!r}")
+        return None
+    return _SPLITS[name] if name is not None else None
+
+
+def _render(items: Sequence[_Item], settings: Prompts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each prompt, after the chat template where the recipe asks for it."""
+    if not settings.chat_template:
+        return [item.content for item in items if isinstance(item.content, str)]
+    from jinja2 import TemplateError
+
+    system = [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt is not None else []
+    texts, errors = [], RowErrors()
+    for item in items:
+        content = item.content
+        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        try:
+            text = tokenizer.apply_chat_template(system + messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:
+            errors.add(f"{item.where}: the tokenizer's chat template refuses this prompt: {error}")
+            continue
+        texts.append(str(text))
+    errors.check()
+    return texts
+
+
+def _tokenize(
+    items: Sequence[_Item], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat: bool
+) -> list[tuple[int, ...]]:
+    """Token ids of each prompt.
+
+    Plain text gets the tokenizer's own special tokens in front (Llama's `<s>`); a chat template writes its own, so
+    none are added there.  An end-of-sequence token that the tokenizer puts behind the text goes: the response
+    follows.  A character that the tokenizer does not know is an error, because the policy would not see it.
+    """
+    encoded = tokenizer(list(texts), add_special_tokens=not chat)["input_ids"]
+    end, unknown = tokenizer.eos_token_id, tokenizer.unk_token_id
+    found, errors = [], RowErrors()
+    for item, text, ids in zip(items, texts, encoded, strict=True):
+        if ids and ids[-1] == end and not text.endswith(tokenizer.eos_token):
+            ids = ids[:-1]
+        if not ids:
+            errors.add(f"{item.where}: the tokenizer makes no tokens of {text[:40]!r}")
+        elif unknown is not None and unknown in ids and tokenizer.unk_token not in text:
+            errors.add(f"{item.where}: {_unknown_part(text, tokenizer)} is unknown to the tokenizer, in {text[:40]!r}")
+        found.append(tuple(ids))
+    errors.check()
+    return found
+
+
+def _unknown_part(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first character that alone becomes the unknown token, or "a part"."""
+    for character in text:
+        if tokenizer.unk_token_id in tokenizer(character, add_special_tokens=False)["input_ids"]:
+            return repr(character)
+    return "a part"
+
+
+def _short_enough(
+    items: Sequence[_Item], token_ids: Sequence[tuple[int, ...]], recipe: Recipe, context: int | None
+) -> list[int]:
+    """Indices of the prompts that leave room for a response; refuses the source where too many do not."""
+    settings, room = recipe.prompts, None
+    if context is not None:
+        room = context - recipe.sampling.max_new_tokens
+        if room < 1:
+            raise InputError(
+                f"sampling.max_new_tokens: {recipe.sampling.max_new_tokens} leaves no room for a prompt in the model's "
+                f"context of {context} tokens; lower it"
+            )
+    if room is not None and settings.max_tokens is not None and settings.max_tokens > room:
+        raise InputError(
+            f"prompts.max_tokens: {settings.max_tokens} plus sampling.max_new_tokens "
+            f"({recipe.sampling.max_new_tokens}) is more than the model's context of {context} tokens; lower one"
+        )
+    longest = settings.max_tokens if settings.max_tokens is not None else room
+    if longest is None:
+        return list(range(len(items)))
+    too_long = [i for i, ids in enumerate(token_ids) if len(ids) > longest]
+    if len(too_long) > settings.max_dropped_fraction * len(items):
+        named = "\n".join(f"{items[i].where}: {len(token_ids[i])} tokens" for i in too_long[:5])
+        raise InputError(
+            f"{named}\nprompts.max_dropped_fraction: {len(too_long)} of {len(items)} prompts are longer than {longest} "
+            f"tokens, more than the share of {settings.max_dropped_fraction} that may be dropped; raise "
+            f"it, or prompts.max_tokens, or lower sampling.max_new_tokens"
+        )
+    dropped = set(too_long)
+    return [i for i in range(len(items)) if i not in dropped]
+
+
+def _unique(
+    items: Sequence[_Item], texts: Sequence[str], token_ids: Sequence[tuple[int, ...]], settings: Prompts
+) -> tuple[list[Prompt], int]:
+    """The prompts in order of their ids, and how many repetitions were left out.
+
+    Rows that repeat a prompt with another answer, or put it into both splits, contradict each other: refused.
+    """
+    first: dict[str, tuple[_Item, Prompt]] = {}
+    errors = RowErrors()
+    for item, text, ids in zip(items, texts, token_ids, strict=True):
+        split = item.split or ("eval" if _falls_into_eval(text, settings.eval_fraction) else "train")
+        prompt = Prompt(content_id(text), text, ids, item.answer, split)
+        if text not in first:
+            first[text] = (item, prompt)
+            continue
+        earlier, known = first[text]
+        if known.split != split:
+            errors.add(f"{item.where}: this {split} prompt is also a {known.split} prompt, at {earlier.where}")
+        elif known.answer != item.answer:
+            errors.add(f"{item.where}: same prompt as {earlier.where}, but its answer is {item.answer!r}, "
+                       f"not {known.answer!r}")  # fmt: skip
+        elif not settings.dedupe:
+            errors.add(f"{item.where}: same prompt as {earlier.where}; set prompts.dedupe to true to drop repetitions")
+    errors.check()
+    prompts = sorted((prompt for _, prompt in first.values()), key=lambda p: p.id)
+    return prompts, len(items) - len(prompts)
+
+
+def _falls_into_eval(text: str, fraction: float) -> bool:
+    """Whether a prompt's hash, as a number in [0, 1), lies below the evaluation share."""
+    return int(content_id("split", text), 16) / 2**64 < fraction
+
+
+def _check_splits(train: Sequence[Prompt], held_out: Sequence[Prompt], settings: Prompts) -> None:
+    """Both splits need prompts: without held-out ones nothing could be measured."""
+    total = len(train) + len(held_out)
+    for name, prompts in (("training", train), ("evaluation", held_out)):
+        if prompts:
+            continue
+        if settings.split_column is not None:
+            wanted = " or ".join(k for k, v in _SPLITS.items() if v == ("train" if name == "training" else "eval"))
+            raise InputError(
+                f"prompts.split_column: no row's {settings.split_column!r} is {wanted}, so no {name} prompts are left; "
+                f"mark some, or remove split_column and let prompts.eval_fraction split"
+            )
+        raise InputError(
+            f"prompts.eval_fraction: {settings.eval_fraction} of {total} prompts leaves no {name} prompts; "
+            f"{'lower' if name == 'training' else 'raise'} it or give more prompts"
+        )
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for p in prompts:
+        digest.update(content_id(p.split, p.id, p.token_ids, p.answer is None, p.answer).encode())
+    return digest.hexdigest()

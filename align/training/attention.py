@@ -45,7 +45,7 @@ def dense_mask(batch: PackedBatch) -> Tensor:
 
 
 def build_mask(batch: PackedBatch, dtype: torch.dtype) -> Any:
-    """The mask for `packed_attention`: additive [R, 1, S, S] on CPU (built once, not once per layer), a BlockMask on GPU."""
+    """The mask for `packed_attention`: additive [R, 1, S, S] on CPU, made once for all layers; a BlockMask on GPU."""
     if batch.input_ids.device.type == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask
 

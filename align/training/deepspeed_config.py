@@ -33,7 +33,7 @@ def effective_stage(training: Training, dtype: str) -> int:
 
 
 def deepspeed_config(training: Training, dtype: str, world_size: int) -> dict[str, Any]:
-    """The configuration for `deepspeed.initialize`; raises InputError where `training.deepspeed` contradicts the recipe."""
+    """For `deepspeed.initialize`; raises InputError where `training.deepspeed` says what the recipe decides."""
     _refuse_decided(training.deepspeed)
     config: dict[str, Any] = {
         "train_batch_size": world_size,

@@ -10,7 +10,11 @@ Legend: N response tokens of a batch, K responses.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import io
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align.errors import InputError
 from align.recipe import Recipe
 from align.training import checkpoint, model, weights_view
 from align.training.deepspeed_config import deepspeed_config, effective_stage, reference_config
@@ -55,7 +60,9 @@ class PolicyEngine:
         self.model_dir = Path(model_dir)
         self.version = 0
         self.step = 0
-        self._owns_process_group = _start_process_group(ranks)
+        if recipe.policy.dtype == "float16" and not torch.cuda.is_available():
+            raise InputError("policy.dtype: DeepSpeed does not train in float16 on a CPU; use bfloat16 or float32")
+        _start_process_group(ranks)
         self.device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         training, policy = recipe.training, recipe.policy
         self.zero_stage = effective_stage(training, policy.dtype)
@@ -77,9 +84,13 @@ class PolicyEngine:
 
         training = self.recipe.training
         config = deepspeed_config(training, self.recipe.policy.dtype, self.ranks.world_size)
-        engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self._wrapped, optimizer=_adamw(self._wrapped, self.recipe), config=config, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory tables
+            engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=self._wrapped,
+                optimizer=_adamw(self._wrapped, self.recipe),
+                config=config,
+                dist_init_required=False,
+            )
         if self.ranks.world_size == 1 and self.zero_stage == 0:
             engine.enable_backward_allreduce = False  # nothing to average; it would copy every gradient twice
         engine.train()
@@ -128,6 +139,8 @@ class PolicyEngine:
         """Where DeepSpeed keeps the reduced gradient between the last backward and the step, by stage."""
         if self.zero_stage == 0:
             yield from (p.grad for p in self._wrapped.parameters())
+        elif hasattr(self.optimizer, "fp32_groups_gradient_flat_partition"):  # DeepSpeed's BF16_Optimizer
+            yield from self.optimizer.fp32_groups_gradient_flat_partition
         elif self.recipe.training.offload != "none":
             flat = "fp32_partitioned_groups_flat" if self.zero_stage == 3 else "single_partition_of_fp32_groups"
             yield from (p.grad for p in getattr(self.optimizer, flat))
@@ -136,7 +149,7 @@ class PolicyEngine:
                 yield from ([part] if isinstance(part, Tensor) else part or ())
 
     def apply(self) -> bool:
-        """Clip, take the optimizer step and clear the gradients; False where float16 overflowed and the step was skipped."""
+        """Clip, step and clear the gradients; False where float16 overflowed and DeepSpeed skipped the step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.engine.step()
@@ -166,7 +179,7 @@ class PolicyEngine:
                 found = evaluate(batch.to(self.device), self.recipe.training.logit_chunk_tokens, entropy)
                 cuts = np.cumsum(batch.lengths.numpy())[:-1]
                 for values, out in zip(found, (logprobs, entropies), strict=True):
-                    if out is not None:
+                    if values is not None and out is not None:
                         for (g, r), part in zip(batch.members, np.split(values.cpu().numpy(), cuts), strict=True):
                             out[places[g][r]] = part
             for _ in range(self._missing_forwards(groups)):
@@ -223,21 +236,22 @@ class PolicyEngine:
         checkpoint.save(self, Path(directory))
 
     def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote.  DeepSpeed's files are pickles: only a verified checkpoint of this run may come here."""
+        """Go on from what `save` wrote.  Collective.
+
+        DeepSpeed's files are pickles: only a checkpoint of this run whose hashes were verified may come here.
+        """
         checkpoint.load(self, Path(directory))
 
     def save_pretrained(self, directory: Path, lora: str = "merge") -> None:
-        """Write a Hugging Face directory: safetensors, configuration, generation configuration, tokenizer.  Collective."""
+        """Write a Hugging Face directory: safetensors, configurations, tokenizer.  Collective."""
         checkpoint.save_pretrained(self, Path(directory), lora)
 
     def close(self) -> None:
-        """Let go of DeepSpeed; a ZeRO-3 process aborts at exit where its process group still stands."""
+        """Free what DeepSpeed holds.  The process group stays: it belongs to the process, and others use it."""
         for engine in (self._reference, self.engine):
             if hasattr(engine, "destroy"):
                 engine.destroy()
         self._reference = self.engine = self.optimizer = None
-        if self._owns_process_group and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def dummy_batch() -> PackedBatch:
@@ -293,24 +307,31 @@ def _adamw(network: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     )
 
 
-def _start_process_group(ranks: Ranks) -> bool:
-    """Make sure that torch.distributed and DeepSpeed's view of it exist; True where this call made the group.
+def _start_process_group(ranks: Ranks) -> None:
+    """Make sure that torch.distributed and DeepSpeed's view of it exist.
 
     One process alone gets a group without any network address: DeepSpeed wants a group, and nobody is to be reached.
+    It lives as long as the process, because DeepSpeed remembers it, and is destroyed at exit, where a ZeRO-3 process
+    aborts otherwise.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks when it is imported
-    made = not torch.distributed.is_initialized()
-    if made:
-        if ranks.world_size > 1:
-            raise AssertionError("align.distributed.connect makes the process group of several ranks")
+    if not torch.distributed.is_initialized():
+        assert ranks.world_size == 1, "align.distributed.connect makes the process group of several ranks"
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        atexit.register(_destroy_process_group)
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed 0.19 calls collectives under names that torch 2.13 is about to drop, once per tensor.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # deepspeed.initialize insists on it
     # DeepSpeed would compile a shared-memory all-reduce for inference here, and fail where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
-    return made
+
+
+def _destroy_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -9,15 +9,11 @@ Legend: N response tokens, D width, V vocabulary, C tokens of a chunk, K respons
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-Gather = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +25,7 @@ class TokenLogProbs:
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """log softmax(h W^T + b)[y], chunk by chunk; `gather` makes a sharded W whole while it is used."""
+    """log softmax(h W^T + b)[y], chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -40,56 +36,54 @@ class _ChunkedHead(torch.autograd.Function):
         targets: Tensor,
         chunk: int,
         entropy: bool,
-        gather: Gather,
     ) -> tuple[Tensor, Tensor | None]:
         count = hidden.shape[0]
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
         normalisers = torch.empty_like(logprobs)
         entropies = torch.empty_like(logprobs) if entropy else None
-        with gather():
-            for start in range(0, count, chunk):
-                part = slice(start, min(start + chunk, count))
-                logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
-                normalisers[part] = torch.logsumexp(logits, dim=-1)
-                picked = logits.gather(1, targets[part, None]).squeeze(1)
-                logprobs[part] = picked - normalisers[part]
-                if entropies is not None:
-                    probabilities = torch.exp(logits - normalisers[part, None])
-                    entropies[part] = normalisers[part] - torch.einsum("nv,nv->n", probabilities, logits)
+        for start in range(0, count, chunk):
+            part = slice(start, min(start + chunk, count))
+            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            normalisers[part] = torch.logsumexp(logits, dim=-1)
+            picked = logits.gather(1, targets[part, None]).squeeze(1)
+            logprobs[part] = picked - normalisers[part]
+            if entropies is not None:
+                probabilities = torch.exp(logits - normalisers[part, None])
+                entropies[part] = normalisers[part] - torch.einsum("nv,nv->n", probabilities, logits)
         ctx.save_for_backward(hidden, targets, normalisers)
-        ctx.weight, ctx.bias, ctx.chunk, ctx.gather = weight, bias, chunk, gather
+        # Not saved tensors: under ZeRO-3 the parameters are empty between forward and backward.
+        ctx.weight, ctx.bias, ctx.chunk = weight, bias, chunk
         if entropies is not None:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, targets, normalisers = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight: Tensor | None = None
         grad_bias: Tensor | None = None
-        with ctx.gather():
-            for start in range(0, hidden.shape[0], ctx.chunk):
-                part = slice(start, min(start + ctx.chunk, hidden.shape[0]))
-                logits = torch.nn.functional.linear(hidden[part], ctx.weight, ctx.bias).float()
-                # d loss / d logits = g (onehot - p), in place: this is the largest tensor of the step
-                slope = logits.sub_(normalisers[part, None]).exp_().mul_(-grad[part, None])
-                slope.scatter_add_(1, targets[part, None], grad[part, None])
-                lean = slope.to(hidden.dtype)
-                if grad_hidden is not None:
-                    torch.mm(lean, ctx.weight, out=grad_hidden[part])
-                if need_weight:
-                    share = lean.t() @ hidden[part]
-                    grad_weight = share.float() if grad_weight is None else grad_weight.add_(share)
-                if need_bias:
-                    total = slope.sum(0)
-                    grad_bias = total if grad_bias is None else grad_bias.add_(total)
-            if grad_weight is not None:
-                grad_weight = grad_weight.to(ctx.weight.dtype)
-            if grad_bias is not None:
-                grad_bias = grad_bias.to(ctx.bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            part = slice(start, min(start + ctx.chunk, hidden.shape[0]))
+            logits = torch.nn.functional.linear(hidden[part], ctx.weight, ctx.bias).float()
+            # d loss / d logits = g (onehot - p), in place: this is the largest tensor of the step
+            slope = logits.sub_(normalisers[part, None]).exp_().mul_(-grad[part, None])
+            slope.scatter_add_(1, targets[part, None], grad[part, None])
+            lean = slope.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(lean, ctx.weight, out=grad_hidden[part])
+            if need_weight:
+                share = lean.t() @ hidden[part]
+                grad_weight = share.float() if grad_weight is None else grad_weight.add_(share)
+            if need_bias:
+                total = slope.sum(0)
+                grad_bias = total if grad_bias is None else grad_bias.add_(total)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def token_logprobs(
@@ -100,11 +94,10 @@ def token_logprobs(
     *,
     chunk: int,
     entropy: bool = False,
-    gather: Gather = nullcontext,
 ) -> TokenLogProbs:
     """log softmax of the head at `targets`: hidden [N, D], weight [V, D], targets [N]."""
     assert hidden.ndim == 2 and targets.shape == hidden.shape[:1], (hidden.shape, targets.shape)
-    return TokenLogProbs(*_ChunkedHead.apply(hidden, weight, bias, targets, chunk, entropy, gather))
+    return TokenLogProbs(*_ChunkedHead.apply(hidden, weight, bias, targets, chunk, entropy))
 
 
 def per_response(values: Tensor, lengths: Tensor) -> Tensor:

@@ -25,9 +25,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class PolicyNetwork(nn.Module):
     """What DeepSpeed wraps: packed batch in, log-probabilities of its response tokens out."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
+        self.head = Head(network.get_output_embeddings())
 
     def forward(self, batch: PackedBatch, chunk: int, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """[N] float32 log-probabilities and, where asked for, [N] entropies."""
@@ -39,16 +40,22 @@ class PolicyNetwork(nn.Module):
             use_cache=False,
         ).last_hidden_state
         before_responses = hidden.flatten(0, 1).index_select(0, batch.read_from)
-        head = self.network.get_output_embeddings()
-        found = token_logprobs(
-            before_responses,
-            head.weight,
-            head.bias,
-            batch.targets,
-            chunk=chunk,
-            entropy=entropy,
-            gather=lambda: gathered([p for p in (head.weight, head.bias) if p is not None]),
-        )
+        return self.head(before_responses, batch.targets, chunk, entropy)
+
+
+class Head(nn.Module):
+    """The output head as log-probabilities: the same parameters as the network's own, under a second module.
+
+    A module of its own so that ZeRO-3, which gathers weights around a module's forward and backward, does so here.
+    """
+
+    def __init__(self, projection: nn.Linear) -> None:
+        super().__init__()
+        self.weight = projection.weight
+        self.bias = projection.bias
+
+    def forward(self, hidden: Tensor, targets: Tensor, chunk: int, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        found = token_logprobs(hidden, self.weight, self.bias, targets, chunk=chunk, entropy=entropy)
         return found.logprobs, found.entropies
 
 
@@ -62,8 +69,8 @@ def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(sharded)
 
 
-def load_network(model_dir: Path, dtype: str, gradient_checkpointing: bool = False) -> nn.Module:
-    """The model in `model_dir`, without dropout, with packed attention; refuses heads that this project cannot compute."""
+def load_network(model_dir: Path, dtype: str, gradient_checkpointing: bool = False) -> Any:
+    """The model in `model_dir`, with packed attention and no dropout; refuses what this project cannot compute."""
     from transformers import AutoModelForCausalLM
 
     attention.register()
@@ -75,35 +82,34 @@ def load_network(model_dir: Path, dtype: str, gradient_checkpointing: bool = Fal
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
     if gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network
 
 
-def _refuse_unsupported(network: nn.Module, model_dir: Path) -> None:
+def _refuse_unsupported(network: Any, model_dir: Path) -> None:
     config = network.config.get_text_config()
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1, 1.0):
             raise InputError(
-                f"{model_dir}: models that set `{key}` are not supported: their logits are not a plain linear head"
+                f"{model_dir}: models that set `{key}` are not supported: their head is not plainly linear"
             )
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-        raise InputError(
-            f"{model_dir}: only full attention in every layer is supported, and this model has {config.layer_types}"
-        )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise InputError(f"{model_dir}: only full attention is supported, and layers of this model use {sorted(kinds)}")
     if network.get_output_embeddings() is None:
         raise InputError(f"{model_dir}: not a causal language model: it has no output head")
 
 
-def add_lora(network: nn.Module, lora: Lora, model_dir: Path) -> Any:
+def add_lora(network: Any, lora: Lora, model_dir: Path) -> Any:
     """Put adapters into the network, in place, and return PEFT's view of it."""
     from peft import LoraConfig, get_peft_model
 
     modules = lora.target_modules
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
         lora_dropout=lora.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
         task_type="CAUSAL_LM",
@@ -115,9 +121,8 @@ def add_lora(network: nn.Module, lora: Lora, model_dir: Path) -> Any:
         raise InputError(f"policy.lora.target_modules: {error}") from error
     odd = [name for name, layer in lora_layers(network) if not isinstance(layer.base_layer, nn.Linear)]
     if odd or any(layer is network.get_output_embeddings() for _, layer in lora_layers(network)):
-        raise InputError(
-            f"policy.lora.target_modules: adapters go on linear layers other than the output head, not {odd or 'the head'}"
-        )
+        where = odd or "the head"
+        raise InputError(f"policy.lora.target_modules: adapters go on linear layers before the head, not on {where}")
     return peft_model
 
 

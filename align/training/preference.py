@@ -280,5 +280,5 @@ def _refuse_not_finite(engine: PolicyEngine, step: _Step, totals: Mapping[str, f
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     raise RunError(
         f"training step {engine.step + 1}: the {what} is not finite; the weights were not changed. "
-        f"Pairs (chosen/rejected sample): {shown}. Lower training.learning_rate or training.loss.beta, or look at these samples"
+        f"Pairs (chosen/rejected sample): {shown}. Lower training.learning_rate, or look at these samples"
     )

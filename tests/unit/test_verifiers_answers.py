@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -15,6 +18,8 @@ from align.verifiers.answers import Answer
 from align.verifiers.base import Abstain, Item, clean, describe_error
 from align.verifiers.consistency import SelfConsistency
 from align.verifiers.noise import Noise
+
+GSM8K = Path(__file__).resolve().parents[3] / "shared/data/gsm8k/example_model_solutions_first660.jsonl.gz"
 
 
 def item(response: str, answer: str | None = None, sample: str = "s", prompt: str = "p") -> Item:
@@ -80,6 +85,20 @@ def test_math_looks_through_a_whole_response_and_needs_a_readable_reference() ->
     assert answer(match="math").value(item("it is 579.0", "579")) == 1.0
     with pytest.raises(Abstain, match="cannot read the reference"):
         answer(match="math", extract="whole").value(item("5", "?!"))
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="the public problems are not here")
+@pytest.mark.parametrize("match", ["exact", "math"])
+def test_agrees_with_the_published_grades_of_2640_real_solutions(match: str) -> None:
+    verifier = answer(match=match)
+    grades = []
+    with gzip.open(GSM8K, "rt", encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            for solved in (v for v in row.values() if isinstance(v, dict)):
+                verdict = verifier.value(item(solved["solution"], row["ground_truth"]))
+                grades.append((verdict == 1.0, solved["is_correct"]))
+    assert len(grades) == 2640
+    assert sum(ours == theirs for ours, theirs in grades) == 2640
 
 
 def consistency(responses: Sequence[str], prompts: Sequence[str]) -> list[float | Abstain]:

@@ -19,7 +19,7 @@ def write(path: Path, data: str | bytes) -> str:
 
 
 def test_table_with_further_columns_phrases_and_smileys(tmp_path: Path) -> None:
-    path = write(tmp_path / "l.txt", "good\t1.9\t0.94\t[2, 1]\r\nGOOD\t2.1\r\n\r\ncan't stand\t-3\r\n;)\t0.9\r\nisn't\t-1")
+    path = write(tmp_path / "l.txt", "good\t1.9\t0.94\t[2]\r\nGOOD\t2.1\r\n\r\ncan't stand\t-3\r\n;)\t0.9\r\nisn't\t-1")
     found = read_valences(path)
     assert found.values == {"good": pytest.approx(2.0), "isn't": -1.0}  # repeated words are averaged
     assert (found.entries, found.unmatched) == (5, 2)

@@ -195,10 +195,11 @@ def _prompt_facts(recipe: Recipe, policy: ModelShape, context: int, prompts: Pro
     if prompts is None and recipe.prompts.source.startswith("hub:"):
         bound = recipe.prompts.max_tokens or min(context - recipe.sampling.max_new_tokens, DEFAULT_CONTEXT)
         return PromptFacts(None, None, bound, read=False)
-    if prompts is None:
-        from align.prompts import load_prompts
+    from align.prompts import load_prompts, round_prompts
 
+    if prompts is None:
         prompts = load_prompts(recipe, _tokenizer(recipe), policy.context)
+    round_prompts(prompts.train, 0, recipe.rounds.prompts_per_round, recipe.seed)  # refuses more than there are
     longest = max((len(p.token_ids) for p in (*prompts.train, *prompts.eval)), default=0)
     return PromptFacts(len(prompts.train), len(prompts.eval), longest, read=True)
 

@@ -49,7 +49,7 @@ class Bar:
     unit: str
     show: Callable[[Bar], None] | None = None
     done: int = 0
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
 
     def advance(self, count: int = 1) -> None:
         """`count` more units are done."""
@@ -69,7 +69,7 @@ class Bar:
     def line(self) -> str:
         """Example: `sampling: 128/512 prompts (25%), 41.6 prompts/s, 9 s left`."""
         share = f" ({100 * self.done // self.total}%)" if self.total else ""
-        left = f", {duration((self.total - self.done) / self.rate)} left" if 0 < self.done < self.total else ""
+        left = f", {duration((self.total - self.done) / self.rate)} left" if self.done < self.total and self.rate > 0 else ""
         return f"{self.label}: {self.done}/{self.total} {self.unit}{share}, {self.rate:.3g} {self.unit}/s{left}"
 
 

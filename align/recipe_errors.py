@@ -165,14 +165,27 @@ def check_values(data: Any) -> tuple[Recipe | None, list[Problem]]:
 
     Validation is strict (a quoted "3" is not a number, `true` is not 1) and goes through JSON, where pydantic takes
     a list for a tuple and a whole number for a float even so."""
+    found = _boolean_choices(Recipe, data, ())
     try:
-        return Recipe.model_validate_json(json.dumps(data), strict=True), []
+        recipe = Recipe.model_validate_json(json.dumps(data), strict=True)
+        return (None if found else recipe), found
     except ValidationError as error:
-        found = [p for details in error.errors(include_url=False) for p in _explain(details, data)]
+        found += [p for details in error.errors(include_url=False) for p in _explain(details, data)]
     first: dict[KeyPath, Problem] = {}  # a union reports once per member; the first says it
     for problem in found:
         first.setdefault(problem.path if problem.path else (problem.message,), problem)
     return None, list(first.values())
+
+
+def _boolean_choices(annotation: Any, value: Any, path: KeyPath) -> list[Problem]:
+    """`true` where one of some numbers is wanted: to pydantic it equals 1, even when it is strict."""
+    if isinstance(value, bool) and any(get_origin(a) is Literal for a in alternatives(annotation)):
+        return [_wrong_choice(path, value, annotation)]
+    return [
+        problem
+        for part, below in _children(value)
+        for problem in _boolean_choices(child_annotation(annotation, value, part), below, (*path, part))
+    ]
 
 
 def _explain(details: ErrorDetails, data: Any) -> list[Problem]:

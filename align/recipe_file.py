@@ -48,7 +48,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems += unknown
     problems += _References(data).fill()
     recipe, wrong = check_values(data)
-    problems += wrong
+    problems += [p for p in wrong if p.path not in document.unread]
     if recipe is None or problems:
         raise InputError(source.report(problems))
     return recipe
@@ -319,7 +319,8 @@ def _escaped(value: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that our reading of YAML would take for something else, such as '1e-5'."""
+    """Quotes every text that our reading of YAML would take for something else, such as '1e-5', or that holds
+    characters which YAML takes for line ends."""
 
     def ignore_aliases(self, data: Any) -> bool:
         """Never writes an anchor: two equal blocks are two blocks."""
@@ -328,7 +329,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     try:
-        plain = isinstance(resolve_plain(text), str)
+        plain = isinstance(resolve_plain(text), str) and text.replace("\n", "").isprintable()
     except ValueError:
         plain = False
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')

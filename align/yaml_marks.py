@@ -58,11 +58,12 @@ class Problem:
 
 @dataclass
 class Document:
-    """A file's value, where each key stands, and what is wrong with it as YAML."""
+    """A file's value, where each key stands, what is wrong with it as YAML, and which keys have no value for that."""
 
     value: Any = None
     marks: dict[KeyPath, Mark] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    unread: set[KeyPath] = field(default_factory=set)
 
 
 class NotReadable(Exception):
@@ -95,15 +96,13 @@ def resolve_plain(text: str) -> Any:
 
 def read_text(path: Path) -> str:
     """The file as text, or NotReadable with the reason; never reads more than MAX_BYTES."""
-    if not path.exists():
-        raise NotReadable(None, f"no such file{_nearby(path)}")
-    if not path.is_file():
-        raise NotReadable(None, "is not a file")
     try:
+        if not path.is_file():  # a pipe or a device would be waited for, or never end
+            raise NotReadable(None, "is not a file" if path.exists() else f"no such file{_nearby(path)}")
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise NotReadable(None, f"cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise NotReadable(None, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_BYTES:
         raise NotReadable(None, f"is larger than {MAX_BYTES >> 20} MiB; this cannot be a recipe")
     return decode(data)
@@ -177,7 +176,7 @@ class _Builder:
             self.anchors[event.anchor] = None
         if event.tag not in (None, "!"):
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            self._problem(event, path, f"tag {tag!r} is not allowed; write the plain value, in quotes where it is text")
+            self._unread(event, path, f"tag {tag!r} is not allowed; write the plain value, in quotes where it is text")
         value: Any
         if isinstance(event, yaml.ScalarEvent):
             value = self._scalar(event, path)
@@ -204,14 +203,14 @@ class _Builder:
 
     def _scalar(self, event: Any, path: KeyPath) -> Any:
         if "\x00" in event.value or any("\ud800" <= c <= "\udfff" for c in event.value):
-            self._problem(event, path, "holds a zero character or half of a surrogate pair")
+            self._unread(event, path, "holds a zero character or half of a surrogate pair")
             return ""
         if not event.implicit[0]:  # quoted, or a block of text
             return event.value
         try:
             return resolve_plain(event.value)
         except ValueError as error:
-            self._problem(event, path, str(error))
+            self._unread(event, path, str(error))
             return 0
 
     def _sequence(self, events: Iterator[Any], path: KeyPath, depth: int) -> list[Any]:
@@ -265,6 +264,10 @@ class _Builder:
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             raise NotReadable(_mark(event), f"holds more than {MAX_NODES} values, aliases written out")
+
+    def _unread(self, event: Any, path: KeyPath, message: str) -> None:
+        self._problem(event, path, message)
+        self.document.unread.add(path)
 
     def _problem(self, event: Any, path: KeyPath, message: str) -> None:
         self.document.problems.append(Problem(path, message, _mark(event)))

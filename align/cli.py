@@ -1,0 +1,141 @@
+"""The command line: verbs only.  What a verb does stands in `align.loop` and the modules that it names.
+
+Heavy imports live inside the verbs, so that `align --help` and a mistaken recipe answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from align.errors import AlignError
+
+app = typer.Typer(
+    name="align",
+    help="Align a language model with imperfect supervision: sample, verify, combine, pair, train, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change, such as training.learning_rate=1e-5."),
+]
+RankCount = Annotated[int | None, typer.Option("--ranks", help="Processes to start on this machine. Default: 1.")]
+Round = Annotated[int | None, typer.Option("--round", help="Which round, from 0. Default: the one the run stands at.")]
+
+
+@app.command()
+def run(recipe: RecipeFile, overrides: Overrides = None, ranks: RankCount = None) -> None:
+    """Run the whole recipe, or go on with it where it stopped."""
+    _launch("run", recipe, overrides, None, ranks)
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None, ranks: RankCount = None) -> None:
+    """Print stages, steps, memory and disk without loading a model; refuse what cannot fit."""
+    from align.launcher import apply_environment, rank_environment
+    from align.progress import clean
+    from align.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    apply_environment(rank_environment(0, ranks or 1))
+    from align.plan import make_plan, render
+
+    print(clean(render(make_plan(loaded, ranks or 1))))
+
+
+@app.command()
+def sample(recipe: RecipeFile, overrides: Overrides = None, round: Round = None, ranks: RankCount = None) -> None:
+    """Draw one round's responses from the policy."""
+    _launch("sample", recipe, overrides, round, ranks)
+
+
+@app.command()
+def score(recipe: RecipeFile, overrides: Overrides = None, round: Round = None, ranks: RankCount = None) -> None:
+    """Let the verifiers judge a round's responses, and combine their verdicts."""
+    _launch("score", recipe, overrides, round, ranks)
+
+
+@app.command()
+def pair(recipe: RecipeFile, overrides: Overrides = None, round: Round = None, ranks: RankCount = None) -> None:
+    """Turn a round's scores into preference pairs."""
+    _launch("pair", recipe, overrides, round, ranks)
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None, round: Round = None, ranks: RankCount = None) -> None:
+    """Train the policy on a round's pairs."""
+    _launch("train", recipe, overrides, round, ranks)
+
+
+@app.command()
+def evaluate(recipe: RecipeFile, overrides: Overrides = None, round: Round = None, ranks: RankCount = None) -> None:
+    """Measure the policy on held-out prompts."""
+    _launch("evaluate", recipe, overrides, round, ranks)
+
+
+@app.command()
+def export(recipe: RecipeFile, overrides: Overrides = None, ranks: RankCount = None) -> None:
+    """Write the policy as a Hugging Face checkpoint, reload it and compare."""
+    _launch("export", recipe, overrides, None, ranks)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what is missing, and what to do about it."""
+    from align.doctor import examine
+
+    raise typer.Exit(examine())
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema."""
+    import json
+
+    from align.recipe_file import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+def _launch(verb: str, recipe: str, overrides: list[str] | None, round_index: int | None, ranks: int | None) -> None:
+    from align.launcher import launch
+    from align.recipe_file import load_recipe
+
+    raise typer.Exit(launch(load_recipe(recipe, overrides or ()), verb, round_index, ranks))
+
+
+def main() -> None:
+    """Entry point.  Exit status: 0 done, 1 the run failed, 2 the input is wrong, 130 or 143 stopped by a signal."""
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(caught, _stop)
+    try:
+        app()
+    except AlignError as error:
+        from align.progress import clean, is_speaker
+
+        prefix = "" if is_speaker() else f"rank {os.environ['RANK']}: "
+        print(f"{prefix}{clean(str(error))}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    """Ends the process at once.  Whatever is committed is safe, and the rest is done again by the next `align run`;
+    unwinding through engines and collectives could only hang."""
+    from align.launcher import stopped_by
+
+    print(stopped_by(number), file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The packed layout: what lies where, who sees whom, and that nothing is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align.training.attention import build_mask, dense_mask
+from align.training.groups import PADDING, Group, lay_out, pack, plan_batches
+
+EXAMPLE = Group(prompt=(4, 5, 15), responses=((8, 1), (9, 9, 1)))
+
+tokens = st.lists(st.integers(0, 30), min_size=1, max_size=9).map(tuple)
+groups = st.lists(
+    st.builds(Group, prompt=tokens, responses=st.lists(tokens, min_size=1, max_size=4).map(tuple)),
+    min_size=1,
+    max_size=12,
+)
+
+
+def test_the_layout_of_the_docstring() -> None:
+    (batch,) = pack([EXAMPLE], 8)
+    assert batch.input_ids.tolist() == [[4, 5, 15, 8, 1, 9, 9, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
+    assert batch.response_of.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2]]
+    assert batch.read_from.tolist() == [2, 3, 2, 5, 6]
+    assert batch.targets.tolist() == [8, 1, 9, 9, 1]
+    assert batch.lengths.tolist() == [2, 3]
+    assert batch.members == ((0, 0), (0, 1))
+    assert batch.tokens == 8
+
+
+def test_the_mask_of_two_groups_in_one_row_by_hand() -> None:
+    """Row: prompt a b, responses c | d, then another group e f, then padding."""
+    long = Group((1, 2), ((3,), (4,), (5,), (6,)))  # sets the row length to 6
+    batch = pack([long, Group((7, 8), ((9,), (10,))), Group((11,), ((12,),))], 12)[0]
+    row = next(r for r in range(2) if batch.input_ids[r, 0] == 7)
+    assert batch.input_ids[row].tolist() == [7, 8, 9, 10, 11, 12]
+    seen = dense_mask(batch)[row, 0].int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0],  # prompt, causal
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],  # first response: prompt and itself
+        [1, 1, 0, 1, 0, 0],  # second response: not the first
+        [0, 0, 0, 0, 1, 0],  # the other group starts afresh
+        [0, 0, 0, 0, 1, 1],
+    ]
+
+
+def test_padding_sees_itself_only_and_nobody_sees_it() -> None:
+    batch = pack([Group((1, 2, 3), ((4, 5),)), Group((1,), ((2,),))], 10)[0]
+    short = 1
+    assert batch.group_of[short].tolist() == [0, 0, PADDING, PADDING, PADDING]
+    seen = dense_mask(batch)[short, 0]
+    assert seen[2:, :2].sum() == 0 and seen[:2, 2:].sum() == 0
+    assert torch.equal(seen[2:, 2:], torch.eye(3, dtype=torch.bool))
+    assert torch.equal(build_mask(batch, torch.float32)[short, 0] == 0, seen)
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups, st.integers(1, 60), st.sampled_from([1, 8]))
+def test_every_token_is_kept_and_read_from_the_place_before_it(
+    given_groups: list[Group], budget: int, multiple: int
+) -> None:
+    seen: dict[tuple[int, int], tuple[int, ...]] = {}
+    for batch in pack(given_groups, budget, multiple):
+        flat_ids, flat_positions = batch.input_ids.flatten(), batch.position_ids.flatten()
+        ends = batch.lengths.cumsum(0).tolist()
+        for (g, r), start, end in zip(batch.members, [0, *ends], ends, strict=False):
+            group = given_groups[g]
+            seen[g, r] = tuple(batch.targets[start:end].tolist())
+            before = batch.read_from[start:end]
+            context = (group.prompt[-1:] + group.responses[r])[:-1]
+            assert tuple(flat_ids[before].tolist()) == context
+            first = len(group.prompt) - 1
+            assert flat_positions[before].tolist() == list(range(first, first + len(context)))
+        assert (batch.group_of != PADDING).sum() == batch.tokens
+    assert seen == {
+        (g, r): response for g, group in enumerate(given_groups) for r, response in enumerate(group.responses)
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups, st.integers(1, 60))
+def test_a_batch_keeps_to_the_budget_unless_one_group_alone_exceeds_it(given_groups: list[Group], budget: int) -> None:
+    for plan in plan_batches(given_groups, budget):
+        members = [i for row in plan.rows for i in row]
+        assert len(plan.rows) * plan.width <= budget or len(members) == 1
+        assert all(sum(given_groups[i].tokens for i in row) <= plan.width for row in plan.rows)
+
+
+def test_short_groups_share_rows() -> None:
+    packed = [Group((1, 2, 3, 4), ((5, 6, 7, 8),)), *[Group((1, 2), ((3, 4),))] * 4]
+    (plan,) = plan_batches(packed, 24)
+    assert plan.width == 8 and len(plan.rows) == 3
+    assert lay_out(packed, plan).tokens == 24  # no padding at all
+
+
+@pytest.mark.parametrize(("prompt", "responses"), [((), ((1,),)), ((1,), ()), ((1,), ((2,), ()))])
+def test_groups_without_tokens_are_refused(prompt: tuple[int, ...], responses: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match="needs|empty"):
+        Group(prompt, responses)

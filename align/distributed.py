@@ -146,9 +146,12 @@ class Ranks:
         """The message for an exchange that failed: who is missing, and where each was last seen."""
         seen = self._last_seen()
         missing = [rank for rank, (turn, _) in seen.items() if turn < self._turn]
+        if not missing and self.world_size == 2:
+            missing = [1 - self.rank]
         late = "timed out" in str(error).lower()
         how = f"did not come within {self.deadline_s:g} s" if late else "is gone"
-        who = ", ".join(f"rank {rank} {how} (last seen at {seen[rank][1]!r})" for rank in missing) or f"a rank {how}"
+        places = {rank: f" (last seen at {place!r})" for rank, (_, place) in seen.items()}
+        who = ", ".join(f"rank {rank} {how}{places.get(rank, '')}" for rank in missing) or f"a rank {how}"
         known = "".join(f"; rank {rank} failed: {text}" for rank, text in self._ask("error").items())
         return RanksFailed(f"rank {self.rank} waited for the other ranks at {label!r}: {who}{known}. Run it again.")
 
@@ -202,6 +205,7 @@ def connect(deadline_s: float = 1800.0) -> Ranks:
     if world_size == 1:
         return Ranks(deadline_s=deadline_s)
     _die_with_parent()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in one line, not in C++ frames
     import torch
     import torch.distributed as dist
 

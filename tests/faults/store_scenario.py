@@ -30,7 +30,7 @@ from align.store import RunStore
 ROUNDS, PROMPTS, SAMPLES, SHARDS = 2, 6, 2, 3
 CALLS = ("open", "write", "pwrite", "fsync", "rename", "unlink", "rmdir", "mkdir")
 DEADLINE_S = 20.0  # of every wait for another rank
-PATIENCE_S = 10.0  # how long a rank may outlive a failed one
+PATIENCE_S = 4.0  # how long a rank may outlive a failed one
 
 
 def recipe(directory: str | Path, **changes: object) -> Recipe:

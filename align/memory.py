@@ -69,11 +69,12 @@ def memory_parts(
         _logits(recipe, policy, b, tokens),
         _activations(recipe, policy, b, tokens),
         _mask(b, tokens, row, machine),
-        *_engine(recipe.sampling.engine, policy, b, machine, "sampler", "sampling.engine", context),
+        *_engine(recipe.sampling.engine, policy, b, machine, name="sampler", key="sampling.engine", longest=context),
     ]
     for spec, shape in rewards:
-        key, longest_input = f"the `engine` of verifier {spec.name}", spec.max_tokens or shape.context or 2048
-        parts += _engine(spec.engine, shape, b, machine, f"reward model {spec.name}", key, longest_input)
+        name, key = f"reward model {spec.name}", f"the `engine` of verifier {spec.name}"
+        limit = spec.max_tokens or shape.context or 2048
+        parts += _engine(spec.engine, shape, b, machine, name=name, key=key, longest=limit)
     return tuple(part for part in parts if part.bytes)
 
 
@@ -216,7 +217,7 @@ def kv_bytes_per_token(policy: ModelShape, b: int) -> int:
 
 
 def _engine(
-    engine: Mapping[str, Any], shape: ModelShape, b: int, machine: Machine, name: str, key: str, longest: int
+    engine: Mapping[str, Any], shape: ModelShape, b: int, machine: Machine, *, name: str, key: str, longest: int
 ) -> list[Part]:
     """vLLM's own copy of the weights and its key-value cache.
 

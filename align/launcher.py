@@ -100,7 +100,7 @@ def rank_environment(local_rank: int, ranks: int) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are of servers and of speed
         "TRANSFORMERS_VERBOSITY": "error",
     }
     forced = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -69,7 +69,8 @@ class Bar:
     def line(self) -> str:
         """Example: `sampling: 128/512 prompts (25%), 41.6 prompts/s, 9 s left`."""
         share = f" ({100 * self.done // self.total}%)" if self.total else ""
-        left = f", {duration((self.total - self.done) / self.rate)} left" if self.done < self.total and self.rate > 0 else ""
+        going = self.done < self.total and self.rate > 0
+        left = f", {duration((self.total - self.done) / self.rate)} left" if going else ""
         return f"{self.label}: {self.done}/{self.total} {self.unit}{share}, {self.rate:.3g} {self.unit}/s{left}"
 
 

@@ -201,7 +201,8 @@ def _explain(details: ErrorDetails, data: Any) -> list[Problem]:
         return [_wrong_kind(path, value, annotation)]
     if kind in _BOUNDS:
         name, phrase = _BOUNDS[kind]
-        return [Problem(path, f"{phrase} {context[name]:g}, not {_show(value)}")]
+        bound = context[name]
+        return [Problem(path, f"{phrase} {int(bound) if bound == int(bound) else bound}, not {_show(value)}")]
     if kind == "literal_error":
         return [_wrong_choice(path, value, annotation)]
     if kind == "string_pattern_mismatch" and context["pattern"] == _NAME_PATTERN:

@@ -58,7 +58,7 @@ def test_hostile_text_in_a_recipe_does_not_reach_the_terminal(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "arguments",
-    [("run",), ("run", "missing.yaml"), ("run", "x.yaml", "--ranks", "two"), ("nonsense",), ("run", "x.yaml", "--what")],
+    [("run",), ("run", "missing.yaml"), ("run", "x.yaml", "--ranks", "two"), ("nonsense",), ("run", "x.yaml", "--no")],
 )
 def test_misuse_exits_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("name: x\npolicy: {model: m}\nverifiers: [{kind: noise, name: n}]\n")

@@ -26,7 +26,7 @@ class Job:
 
     def __init__(self, directory: Path, verb: str, ranks: int, environment: dict[str, str]) -> None:
         self.directory, self.ranks = directory, ranks
-        outer = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
+        outer = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "launcher_verbs.py"), verb, str(ranks), str(directory)],
             env={**outer, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", **environment},

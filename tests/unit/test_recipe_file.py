@@ -6,19 +6,13 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from align.errors import InputError
-from align.recipe import Recipe
-from align.recipe_errors import alternatives, block_for, suggest
-from align.recipe_file import diff_recipes, dump_recipe, load_recipe, recipe_schema
-from align.verifiers.spec import VerifierSpec
+from align.recipe_file import load_recipe
 from align.yaml_marks import MAX_ALIASES, resolve_plain
 
 MINIMAL = """\
@@ -55,24 +49,6 @@ training:
 evaluation:
   gold: {kind: answer, name: gold}
 """
-
-
-@pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201 - a function of text and overrides
-    monkeypatch.chdir(tmp_path)
-
-    def load(text: str | bytes, *overrides: str) -> Recipe:
-        Path("r.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
-        return load_recipe("r.yaml", overrides)
-
-    return load
-
-
-def refusal(load: Any, text: str | bytes, *overrides: str) -> list[str]:
-    with pytest.raises(InputError) as caught:
-        load(text, *overrides)
-    assert caught.value.exit_code == 2
-    return str(caught.value).split("\n")
 
 
 # --- what is read -------------------------------------------------------------------------------------------------
@@ -142,10 +118,10 @@ WRONG = [
     ('training: {epochs: "3"}', "5:12: training.epochs: expects a whole number, not '3'; remove the quotes"),
     ("training: {epochs: true}", "5:12: training.epochs: expects a whole number, not true"),
     (f"training: {{epochs: {'9' * 5000}}}", "5:20: training.epochs: a whole number of 5000 digits is too long"),
-    ("training: {gradient_checkpointing: no}", "5:12: training.gradient_checkpointing: expects true or false, not 'no'"),
-    ("training: {gradient_checkpointing: on}", "5:12: training.gradient_checkpointing: expects true or false, not 'on'"),
+    ("training: {gradient_checkpointing: no}", "5:12: training.gradient_checkpointing: expects true or false, not 'no"),
+    ("training: {gradient_checkpointing: on}", "5:12: training.gradient_checkpointing: expects true or false, not 'on"),
     ("training: {gradient_checkpointing: 1}", "5:12: training.gradient_checkpointing: expects true or false, not 1"),
-    ("training: {algorithm: dop}", "5:12: training.algorithm: expects dpo, the only choice, not 'dop', did you mean dpo?"),
+    ("training: {algorithm: dop}", "5:12: training.algorithm: expects dpo, the only choice, not 'dop', did you mean d"),
     ("training: {zero_stage: 4}", "5:12: training.zero_stage: expects one of 0, 1, 2, 3, not 4"),
     ("training: {zero_stage: true}", "5:12: training.zero_stage: expects one of 0, 1, 2, 3, not true"),
     ("training: {zero_stage: '2'}", "5:12: training.zero_stage: expects one of 0, 1, 2, 3, not '2'"),
@@ -155,7 +131,7 @@ WRONG = [
     ("training: {offload: optimizer}", "5:12: training.offload: optimizer needs zero_stage 1, 2 or 3"),
     ("training: {offload: all, zero_stage: 2}", "5:12: training.offload: all needs zero_stage: 3"),
     ("training: 3", "5:1: training: expects a block of keys, not 3"),
-    ("training:", "5:1: training: expects a block of keys, not null; remove the key, or write the block's keys below it"),
+    ("training:", "5:1: training: expects a block of keys, not null; remove the key, or write the block's keys below "),
     ("training: []", "5:1: training: expects a block of keys, not a list"),
     ("sampling: {top_p: 0}", "5:12: sampling.top_p: must be more than 0, not 0"),
     ("sampling: {top_p: 1.01}", "5:12: sampling.top_p: must be at most 1, not 1.01"),
@@ -168,7 +144,7 @@ WRONG = [
     ("evaluation: {k: [1, 9]}", "5:14: evaluation.k: pass@9 needs samples_per_prompt of at least 9"),
     ("evaluation: {gold: {kind: noise, name: coin}}", "5:14: evaluation.gold: 'coin' is also a verifier"),
     ("evaluation: {gold: {kind: noise, name: g, rate: 2}}", "5:43: evaluation.gold.rate: must be at most 1, not 2"),
-    ("evaluation: {gold: {kind: nois, name: g}}", "5:21: evaluation.gold.kind: 'nois' is not a kind, did you mean noise?"),
+    ("evaluation: {gold: {kind: nois, name: g}}", "5:21: evaluation.gold.kind: 'nois' is not a kind, did you mean noi"),
     ("evaluation: {gold: {name: g}}", "5:14: evaluation.gold.kind: is missing; the kinds are answer, "),
     ("cold_start: {source: prompts}\nprompts: {source: x.csv}", "5:14: cold_start.source: `prompts` writes solutions"),
     ("prompts: {chat_template: maybe}", "5:11: prompts.chat_template: expects true or false, not 'maybe'"),
@@ -178,9 +154,9 @@ WRONG = [
     ('prompts: {source: "a\\0b"}', "5:19: prompts.source: holds a zero character"),
     ("prompts: {arithmetic: {digits: 10}}", "5:24: prompts.arithmetic.digits: must be at most 9, not 10"),
     ("output_dir: 5", "5:1: output_dir: expects text, not 5; put it in quotes"),
-    ("seed: 2147483648", "5:1: seed: must be less than 2.14748e+09, not 2147483648"),
+    ("seed: 2147483648", "5:1: seed: must be less than 2147483648, not 2147483648"),
     ("seed: -1", "5:1: seed: must be at least 0, not -1"),
-    ("seed: !!python/object/apply:os.system ['true']", "5:7: seed: tag '!!python/object/apply:os.system' is not allowed"),
+    ("seed: !!python/object/apply:os.system ['true']", "5:7: seed: tag '!!python/object/apply:os.system' is not allow"),
     ("seed: !!str 5", "5:7: seed: tag '!!str' is not allowed"),
     ("seed: !mine 5", "5:7: seed: tag '!mine' is not allowed"),
     ("name: again", "5:1: name: duplicate key, first given in line 1; keep one"),
@@ -190,18 +166,18 @@ WRONG = [
     ("1: x", "5:1: 1: unknown key; the keys here are name, seed"),
     ("'': x", '5:1: "": unknown key; the keys here are name, seed'),
     ('"a\\e[2J\\nb": x', '5:1: "a\\u001b[2J\\nb": unknown key; the keys here are name, seed'),
-    ("prompts: {source: '${polcy.model}'}", "5:11: prompts.source: ${polcy.model} is no key with a value, did you mean ${p"),
-    ("prompts: {source: '${HOME}/x'}", "5:11: prompts.source: ${HOME} is no key with a value; only keys of this recipe"),
+    ("prompts: {source: '${polcy.model}'}", "5:11: prompts.source: ${polcy.model} is no key with a value, did you mea"),
+    ("prompts: {source: '${HOME}/x'}", "5:11: prompts.source: ${HOME} is no key with a value; only keys of this recip"),
     ("prompts: {source: '${policy}'}", "5:11: prompts.source: ${policy} is a block or a list, not a single value"),
     ("prompts: {source: '${prompts.limit}'}", "5:11: prompts.source: ${prompts.limit} is null"),
-    ("prompts: {source: 'a${prompts.source}'}", "5:11: prompts.source: refers to itself: prompts.source -> prompts.source"),
+    ("prompts: {source: 'a${prompts.source}'}", "5:11: prompts.source: refers to itself: prompts.source -> prompts.so"),
     ("prompts: {source: '${}'}", "5:11: prompts.source: ${} is no key with a value"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("addition", "expected"), WRONG, ids=[w[0][:40] for w in WRONG])
-def test_one_mistake_gives_one_line_at_its_place(load: Any, addition: str, expected: str) -> None:
-    lines = refusal(load, MINIMAL + addition + "\n")
+def test_one_mistake_gives_one_line_at_its_place(refusal: Any, addition: str, expected: str) -> None:
+    lines = refusal(MINIMAL + addition + "\n")
     assert len(lines) == 1 and lines[0].startswith(f"r.yaml:{expected}"), lines
 
 
@@ -209,7 +185,7 @@ VERIFIERS = [
     ("{kind: format, name: f, pattern: '('}", "4:29: verifiers.0.pattern: not a regular expression: "),
     ("{kind: format, name: f}", "4:5: verifiers.0.pattern: is missing; the expression"),
     ("{kind: format, name: f, patern: x}", "4:29: verifiers.0.patern: unknown key, did you mean pattern?"),
-    ("{kind: lexcon, name: f}", "4:6: verifiers.0.kind: 'lexcon' is not a kind, did you mean lexicon?; the kinds are an"),
+    ("{kind: lexcon, name: f}", "4:6: verifiers.0.kind: 'lexcon' is not a kind, did you mean lexicon?; the kinds are "),
     ("{kind: 3, name: f}", "4:6: verifiers.0.kind: 3 is not a kind; the kinds are answer, "),
     ("{kind: [a], name: f}", "4:6: verifiers.0.kind: a list is not a kind; the kinds are answer, "),
     ("{name: f}", "4:5: verifiers.0.kind: is missing; the kinds are answer, "),
@@ -225,8 +201,8 @@ VERIFIERS = [
 
 
 @pytest.mark.parametrize(("entry", "expected"), VERIFIERS, ids=[v[0][:40] for v in VERIFIERS])
-def test_mistakes_in_a_verifier_name_its_place_not_the_union(load: Any, entry: str, expected: str) -> None:
-    lines = refusal(load, MINIMAL.replace("{kind: noise, name: coin}", entry))
+def test_mistakes_in_a_verifier_name_its_place_not_the_union(refusal: Any, entry: str, expected: str) -> None:
+    lines = refusal(MINIMAL.replace("{kind: noise, name: coin}", entry))
     assert len(lines) == 1 and lines[0].startswith(f"r.yaml:{expected}"), lines
 
 
@@ -262,24 +238,24 @@ WHOLE_FILE: list[tuple[str | bytes, str]] = [
 
 
 @pytest.mark.parametrize(("text", "expected"), WHOLE_FILE, ids=[repr(w[1])[:50] for w in WHOLE_FILE])
-def test_a_file_that_is_no_recipe_is_refused_at_once(load: Any, text: str | bytes, expected: str) -> None:
+def test_a_file_that_is_no_recipe_is_refused_at_once(refusal: Any, text: str | bytes, expected: str) -> None:
     began = time.monotonic()
-    lines = refusal(load, text)
+    lines = refusal(text)
     assert len(lines) == 1 and lines[0].startswith(expected), lines
     assert time.monotonic() - began < 5
 
 
-def test_a_bomb_of_aliases_is_counted_not_built(load: Any) -> None:
+def test_a_bomb_of_aliases_is_counted_not_built(refusal: Any) -> None:
     names = "abcdefghi"
     bomb = "a: &a [x]\n" + "".join(
         f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in zip(names, names[1:], strict=False)
     )
-    assert refusal(load, bomb)[0].endswith("holds more than 100000 values, aliases written out")
+    assert refusal(bomb)[0].endswith("holds more than 100000 values, aliases written out")
 
 
-def test_references_cannot_grow_without_end(load: Any) -> None:
+def test_references_cannot_grow_without_end(refusal: Any) -> None:
     engine = {"a0": "x" * 1000, **{f"a{i}": f"${{sampling.engine.a{i - 1}}}" * 10 for i in range(1, 12)}}
-    lines = refusal(load, MINIMAL + yaml.safe_dump({"sampling": {"engine": engine}}, width=10**6))
+    lines = refusal(MINIMAL + yaml.safe_dump({"sampling": {"engine": engine}}, width=10**6))
     assert all("is longer than 65536 characters once its references are filled in" in line for line in lines)
 
 
@@ -302,10 +278,10 @@ def test_a_mistyped_file_name_gets_a_hint(tmp_path: Path) -> None:
         load_recipe(tmp_path / "quikstart.yaml")
 
 
-def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(load: Any) -> None:
+def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(refusal: Any) -> None:
     text = FULL.replace("dtype: float32", "dtype: float33").replace("learning_rate: 1e-5", "learning_rat: slow")
     text = text.replace("maximum: 20", "maximum: 20\n    units: words\n  - {kind: lexicon, name: l}")
-    lines = refusal(load, text.replace("seed: 3", "seed: 3\nseed: 4"), "rounds.count=0", "nonsense")
+    lines = refusal(text.replace("seed: 3", "seed: 3\nseed: 4"), "rounds.count=0", "nonsense")
     keys = [line.split(": ")[1] for line in lines]
     assert keys == [
         "seed", "policy.dtype", "verifiers.1.units", "verifiers.2.file", "training.learning_rat",
@@ -313,274 +289,23 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(load: Any) -> No
     ]  # fmt: skip
 
 
-def test_contradictions_between_blocks_are_told_together(load: Any) -> None:
+def test_contradictions_between_blocks_are_told_together(refusal: Any) -> None:
     text = MINIMAL.replace("{model: some/model}", "{from_scratch: {context: 16}}")
-    lines = refusal(load, text + "sampling: {max_new_tokens: 16}\nevaluation: {gold: {kind: noise, name: coin}}\n")
+    lines = refusal(text + "sampling: {max_new_tokens: 16}\nevaluation: {gold: {kind: noise, name: coin}}\n")
     assert [line.split(": ")[1] for line in lines] == [
         "policy.from_scratch", "sampling.max_new_tokens", "evaluation.gold"
     ]  # fmt: skip
 
 
-def test_missing_blocks_are_named_at_the_top(load: Any) -> None:
-    lines = refusal(load, "name: x\n")
+def test_missing_blocks_are_named_at_the_top(refusal: Any) -> None:
+    lines = refusal("name: x\n")
     assert [line.split(": ")[:2] for line in lines] == [["r.yaml:1:1", "policy"], ["r.yaml:1:1", "verifiers"]]
-    assert refusal(load, "name: x\npolicy: {model: m}\nverifiers: []\n") == [
+    assert refusal("name: x\npolicy: {model: m}\nverifiers: []\n") == [
         "r.yaml:3:1: verifiers: is empty; it needs at least 1 entry"
     ]
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc", "a/b", ".hidden", "", "a b", "x" * 65, "naïve", "a\n"])
-def test_a_name_is_no_path(load: Any, name: str) -> None:
-    lines = refusal(load, yaml.safe_dump({"name": name}, allow_unicode=True) + MINIMAL.split("\n", 1)[1])
+def test_a_name_is_no_path(refusal: Any, name: str) -> None:
+    lines = refusal(yaml.safe_dump({"name": name}, allow_unicode=True) + MINIMAL.split("\n", 1)[1])
     assert len(lines) == 1 and "name: " in lines[0] and "is not a name" in lines[0]
-
-
-# --- typing errors ------------------------------------------------------------------------------------------------
-
-
-def schema_blocks() -> dict[str, type[BaseModel]]:
-    """Every block of the schema, {dotted key: class}; verifiers by kind."""
-    found: dict[str, type[BaseModel]] = {}
-
-    def walk(block: type[BaseModel], path: str) -> None:
-        found[path] = block
-        for name, info in block.model_fields.items():
-            inner = block_for(info.annotation, None)
-            if inner is not None:
-                walk(inner, f"{path}.{name}".lstrip("."))
-
-    walk(Recipe, "")
-    for spec in alternatives(VerifierSpec):
-        found[f"verifiers[{get_args(spec.model_fields['kind'].annotation)[0]}]"] = spec
-    return found
-
-
-def one_edit_typos(word: str) -> list[str]:
-    """A letter left out, doubled, swapped with the next, or replaced by its neighbour on the alphabet: every place."""
-    edits = {word[:i] + word[i + 1 :] for i in range(len(word))}
-    edits |= {word[:i] + word[i] + word[i:] for i in range(len(word))}
-    edits |= {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
-    edits |= {word[:i] + ("x" if word[i] != "x" else "y") + word[i + 1 :] for i in range(len(word))}
-    return sorted(edits - {word, ""})
-
-
-def test_the_guess_is_right_for_95_percent_of_one_edit_typos() -> None:
-    right, wrong = 0, []
-    for path, block in schema_blocks().items():
-        for key in block.model_fields:
-            for typo in one_edit_typos(key):
-                if typo in block.model_fields:
-                    continue
-                if suggest(typo, block.model_fields) == key:
-                    right += 1
-                else:
-                    wrong.append(f"{path}.{key} as {typo}")
-    share = right / (right + len(wrong))
-    print(f"{right} of {right + len(wrong)} typos ({share:.1%}); wrong: {wrong}")
-    assert share >= 0.95
-
-
-def test_a_typo_in_every_key_is_reported_with_its_key(load: Any) -> None:
-    for path, block in schema_blocks().items():
-        if "[" in path:
-            continue
-        for key in block.model_fields:
-            typo = key + key[-1]
-            if not path:
-                text = MINIMAL.replace(f"{key}:", f"{typo}:", 1)
-                text = text if text != MINIMAL else MINIMAL + f"{typo}: 1\n"
-                lines = refusal(load, text)
-            else:
-                lines = refusal(load, MINIMAL, f"{path}.{typo}=1")
-            dotted = f"{path}.{typo}".lstrip(".")
-            assert any(f": {dotted}: unknown key, did you mean {key}?" in line for line in lines), (lines, dotted)
-
-
-# --- overrides ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("override", "attribute", "value"),
-    [
-        ("training.learning_rate=3e-6", "training.learning_rate", 3e-6),
-        ("seed=7", "seed", 7),
-        ("rounds.count=2", "rounds.count", 2),
-        ("prompts.source=a: b # c", "prompts.source", "a: b # c"),
-        ("prompts.source='12'", "prompts.source", "12"),
-        ("prompts.answer_column=null", "prompts.answer_column", None),
-        ("prompts.answer_column=", "prompts.answer_column", None),
-        ("policy.lora=null", "policy.lora", None),
-        ("policy.lora={r: 4}", "policy.lora.r", 4),
-        ("policy.lora.r=2", "policy.lora.r", 2),
-        ("evaluation.k=[1, 2]", "evaluation.k", (1, 2)),
-        ("verifiers.0.pattern=a=b", "verifiers.0.pattern", "a=b"),
-        ("verifiers.shape.pattern=x", "verifiers.0.pattern", "x"),
-        ("verifiers.brief.one.maximum=9", "verifiers.1.maximum", 9),
-        ("evaluation.gold.match=math", "evaluation.gold.match", "math"),
-        ("sampling.engine.max_model_len=64", "sampling.engine.max_model_len", 64),
-    ],
-)
-def test_an_override_changes_its_key(load: Any, override: str, attribute: str, value: Any) -> None:
-    found: Any = load(FULL, override)
-    for part in attribute.split("."):
-        found = found[int(part)] if part.isdigit() else found[part] if isinstance(found, dict) else getattr(found, part)
-    assert found == value
-
-
-def test_the_last_override_wins(load: Any) -> None:
-    assert load(MINIMAL, "seed=1", "seed=2").seed == 2
-
-
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("training.learning_rat=1", "training.learning_rat: unknown key, did you mean learning_rate?"),
-        ("training.learning_rate=fast", "training.learning_rate: expects a number, not 'fast'"),
-        ("training.learning_rate=.inf", "training.learning_rate: .inf is not a finite number"),
-        ("training.learning_rate.x=1", "training.learning_rate.x: training.learning_rate is a value; it has no keys"),
-        ("verifiers.shpe.pattern=x", "verifiers.shpe: no entry 'shpe' among 2, counted from 0, did you mean shape?"),
-        ("verifiers.7.pattern=x", "verifiers.7: no entry '7' among 2, counted from 0; its names are shape, brief.one"),
-        ("--ranks", '--ranks: expects key=value, such as training.learning_rate=1e-5'),
-        ("=3", '"=3": expects key=value'),
-        ("evaluation.k=[1", "evaluation.k: is not YAML: "),
-        ("evaluation.gold={kind: !!x y}", "evaluation.gold: tag '!!x' is not allowed"),
-        ("policy.model='a' 'b'", "policy.model: is not YAML: "),
-        ("prompts.source=${nope}", "prompts.source: ${nope} is no key with a value"),
-    ],
-)
-def test_a_wrong_override_points_to_the_command_line(load: Any, override: str, expected: str) -> None:
-    lines = refusal(load, FULL, override)
-    assert len(lines) == 1 and lines[0].startswith(f"command line: {expected}"), lines
-
-
-# --- references ---------------------------------------------------------------------------------------------------
-
-
-def test_references_take_values_defaults_and_overrides(load: Any) -> None:
-    text = MINIMAL + "prompts: {source: '${policy.model}/../${name}-${seed}.jsonl', limit: '${rounds.count}'}\n"
-    recipe = load(text, "policy.model=/there")
-    assert recipe.prompts.source == "/there/../small-0.jsonl"
-    assert recipe.prompts.limit == 3  # a whole text that is one reference keeps the type
-    assert load(MINIMAL, "prompts.source=${verifiers.coin.name}.csv").prompts.source == "coin.csv"
-    assert load(MINIMAL, "prompts.system_prompt=write $${name}").prompts.system_prompt == "write ${name}"
-
-
-def test_a_ring_of_references_is_shown(load: Any) -> None:
-    lines = refusal(load, MINIMAL + "prompts: {source: '${output_dir}'}\noutput_dir: 'x${prompts.source}'\n")
-    assert lines[0].startswith("r.yaml:5:11: prompts.source: refers to itself: prompts.source -> output_dir -> prompts.")
-    assert lines[1].startswith("r.yaml:6:1: output_dir: refers to itself: output_dir -> prompts.source -> output_dir")
-
-
-# --- writing ------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_dumped_is_read_back_the_same(load: Any) -> None:
-    recipe = load(FULL)
-    assert load(dump_recipe(recipe)) == recipe
-
-
-texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
-values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | texts
-    | st.sampled_from(["1e-5", "no", "null", "0o7", "${name}", "$${x}", "a: b", "- x", "#", " ", "1_0", "=", "<<"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=8,
-)  # fmt: skip
-
-
-@settings(max_examples=200, deadline=None)
-@given(engine=st.dictionaries(texts, values, max_size=3), system_prompt=texts, rate=st.floats(1e-300, 1e300))
-def test_any_value_survives_writing_and_reading(
-    tmp_path_factory: pytest.TempPathFactory, engine: dict[str, Any], system_prompt: str, rate: float
-) -> None:
-    recipe = Recipe.model_validate(
-        {
-            "name": "x",
-            "policy": {"model": "m"},
-            "verifiers": [{"kind": "noise", "name": "n"}],
-            "sampling": {"engine": engine},
-            "prompts": {"system_prompt": system_prompt},
-            "training": {"learning_rate": rate},
-        }
-    )
-    file = tmp_path_factory.getbasetemp() / "again.yaml"
-    file.write_text(dump_recipe(recipe), encoding="utf-8", newline="")
-    assert load_recipe(file) == recipe
-
-
-def test_differences_are_listed_by_key(load: Any) -> None:
-    old, new = load(FULL), load(FULL, "training.learning_rate=2e-5", "policy.lora=null", "verifiers.shape.name=form")
-    assert diff_recipes(old, old) == []
-    assert set(diff_recipes(old, new)) >= {
-        "training.learning_rate: 1e-05 -> 2e-05",
-        "policy.lora.r: 8 -> (not there)",
-        "policy.lora: (not there) -> null",
-        'verifiers.0.name: "shape" -> "form"',
-    }
-
-
-def test_the_json_schema_accepts_what_we_accept(load: Any) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    schema = recipe_schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    validator = jsonschema.Draft202012Validator(schema)
-    assert validator.is_valid(load(FULL).model_dump(mode="json"))
-    assert not validator.is_valid({**load(FULL).model_dump(mode="json"), "extra": 1})
-    assert schema["$defs"]["Training"]["properties"]["learning_rate"]["description"] == "Peak learning rate."
-
-
-# --- fuzz ---------------------------------------------------------------------------------------------------------
-
-FUZZ = settings(
-    max_examples=int(os.environ.get("ALIGN_FUZZ_EXAMPLES", "300")),
-    deadline=5000,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-_SNIPPETS = [
-    "\t", ":", " ", "\n", "-", "&a ", "*a", "!!x ", "{", "}", "[", "]", "'", '"', "|", ">", "#", "---\n", "? ", "<<: ",
-    "\x00", "\ufeff", "\ud7ff", "${seed}", "${", "1e999", "9" * 5000, "null", "kind: noise", "\\ud800", "%YAML 1.1\n",
-]  # fmt: skip
-
-
-def read_or_refuse(path: Path, data: bytes, overrides: list[str]) -> None:
-    path.write_bytes(data)
-    try:
-        load_recipe(path, overrides)
-    except InputError as error:
-        assert str(error) and "Traceback" not in str(error)
-
-
-@FUZZ
-@given(st.data())
-def test_a_damaged_recipe_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
-    text = bytearray(FULL.encode())
-    for _ in range(data.draw(st.integers(1, 6))):
-        place = data.draw(st.integers(0, len(text)))
-        length = data.draw(st.integers(0, 8))
-        text[place : place + length] = data.draw(st.sampled_from(_SNIPPETS).map(str.encode) | st.binary(max_size=4))
-    read_or_refuse(tmp_path / "fuzz.yaml", bytes(text), [])
-
-
-@FUZZ
-@given(st.data())
-def test_any_value_under_any_key_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
-    recipe = yaml.safe_load(FULL)
-    overrides = []
-    for _ in range(data.draw(st.integers(1, 4))):
-        path, block = data.draw(st.sampled_from([(p, b) for p, b in schema_blocks().items() if "[" not in p]))
-        key = data.draw(st.sampled_from(sorted(block.model_fields)) | texts)
-        if data.draw(st.booleans()):
-            overrides.append(f"{path}.{key}={data.draw(texts)}")
-            continue
-        node = recipe
-        for part in path.split(".") if path else []:
-            node = node.setdefault(part, {}) if isinstance(node, dict) else {}
-        if isinstance(node, dict):
-            node[key] = data.draw(values)
-    read_or_refuse(tmp_path / "fuzz.yaml", yaml.safe_dump(recipe).encode(), overrides)
-
-
-@FUZZ
-@given(st.binary(max_size=200), st.lists(st.text(max_size=30), max_size=3))
-def test_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes, overrides: list[str]) -> None:
-    read_or_refuse(tmp_path / "fuzz.yaml", data, overrides)

@@ -233,6 +233,8 @@ def unseal(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: damaged: not a ledger of this run ({error})") from None
     if found != (expected := _seal_of(document)):
         raise RunError(f"{path}: damaged or edited: its seal says sha256 {found}, its contents have {expected}")
+    if data != seal(document):
+        raise RunError(f"{path}: damaged or edited: its contents are right, its layout is not as it was written")
     return document
 
 

@@ -35,8 +35,11 @@ class PromptSet:
     report: Mapping[str, int]  # rows: read, duplicates, too_long; prompts: train, eval
 
 
-class _Item(NamedTuple):
-    """A row that passed its own checks, before it is rendered."""
+class Item(NamedTuple):
+    """A row that passed its own checks, before it is rendered.
+
+    Example: Item("prompts.jsonl:12", "1+2=", "3", None)
+    """
 
     where: str
     content: str | list[dict[str, Any]]  # text, or chat messages
@@ -53,8 +56,8 @@ def load_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: in
     settings = recipe.prompts
     _check_settings(settings, tokenizer)
     items = _read_arithmetic(settings, recipe.seed) if settings.source == "arithmetic" else _read_source(settings)
-    texts = _render(items, settings, tokenizer)
-    token_ids = _tokenize(items, texts, tokenizer, chat=settings.chat_template)
+    texts = render(items, settings, tokenizer)
+    token_ids = tokenize(items, texts, tokenizer, special=not settings.chat_template)
     keep = _short_enough(items, token_ids, recipe, context)
     prompts, duplicates = _unique([items[i] for i in keep], [texts[i] for i in keep], [token_ids[i] for i in keep],
                                   settings)  # fmt: skip
@@ -112,12 +115,12 @@ def _check_settings(settings: Prompts, tokenizer: PreTrainedTokenizerBase) -> No
         )
 
 
-def _read_arithmetic(settings: Prompts, seed: int) -> list[_Item]:
+def _read_arithmetic(settings: Prompts, seed: int) -> list[Item]:
     drawn = arithmetic.problems(settings.arithmetic, seed)
-    return [_Item(f"arithmetic:{i}", p.question, p.answer, None) for i, p in enumerate(drawn, 1)]
+    return [Item(f"arithmetic:{i}", p.question, p.answer, None) for i, p in enumerate(drawn, 1)]
 
 
-def _read_source(settings: Prompts) -> list[_Item]:
+def _read_source(settings: Prompts) -> list[Item]:
     """Rows of a file or hub dataset, each checked; all bad rows are told together."""
     columns = [c for c in (settings.prompt_column, settings.answer_column, settings.split_column) if c is not None]
     rows = read_rows(
@@ -127,7 +130,7 @@ def _read_source(settings: Prompts) -> list[_Item]:
     items = []
     for row in rows:
         before = errors.count
-        content = _content(row, settings, errors)
+        content = content_of(row, settings, errors)
         answer, split = None, None
         if settings.answer_column is not None:
             answer = text_of(row, settings.answer_column, errors, integers=True)
@@ -135,12 +138,12 @@ def _read_source(settings: Prompts) -> list[_Item]:
             split = _named_split(row, settings.split_column, errors)
         if errors.count == before:
             assert content is not None
-            items.append(_Item(row.where, content, answer, split))
+            items.append(Item(row.where, content, answer, split))
     errors.check("prompts.prompt_column, answer_column and split_column say which columns are read")
     return items
 
 
-def _content(row: Row, settings: Prompts, errors: RowErrors) -> str | list[dict[str, Any]] | None:
+def content_of(row: Row, settings: Prompts, errors: RowErrors) -> str | list[dict[str, Any]] | None:
     """The prompt column: text, or with a chat template also a list of messages."""
     value = row.values.get(settings.prompt_column)
     if not isinstance(value, list):
@@ -182,7 +185,7 @@ def _named_split(row: Row, column: str, errors: RowErrors) -> str | None:
     return _SPLITS[name] if name is not None else None
 
 
-def _render(items: Sequence[_Item], settings: Prompts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def render(items: Sequence[Item], settings: Prompts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each prompt, after the chat template where the recipe asks for it."""
     if not settings.chat_template:
         return [item.content for item in items if isinstance(item.content, str)]
@@ -203,16 +206,16 @@ def _render(items: Sequence[_Item], settings: Prompts, tokenizer: PreTrainedToke
     return texts
 
 
-def _tokenize(
-    items: Sequence[_Item], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat: bool
+def tokenize(
+    items: Sequence[Item], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool
 ) -> list[tuple[int, ...]]:
-    """Token ids of each prompt.
+    """Token ids of each text, with the tokenizer's own special tokens in front (Llama's `<s>`) if `special`.
 
-    Plain text gets the tokenizer's own special tokens in front (Llama's `<s>`); a chat template writes its own, so
-    none are added there.  An end-of-sequence token that the tokenizer puts behind the text goes: the response
-    follows.  A character that the tokenizer does not know is an error, because the policy would not see it.
+    Plain prompts get them; a chat template writes its own, so none are added there.  An end-of-sequence token that
+    the tokenizer puts behind the text goes: the response follows.  A character that the tokenizer does not know is
+    an error, because the policy would not see it.
     """
-    encoded = tokenizer(list(texts), add_special_tokens=not chat)["input_ids"]
+    encoded = tokenizer(list(texts), add_special_tokens=special)["input_ids"]
     end, unknown = tokenizer.eos_token_id, tokenizer.unk_token_id
     found, errors = [], RowErrors()
     for item, text, ids in zip(items, texts, encoded, strict=True):
@@ -236,7 +239,7 @@ def _unknown_part(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _short_enough(
-    items: Sequence[_Item], token_ids: Sequence[tuple[int, ...]], recipe: Recipe, context: int | None
+    items: Sequence[Item], token_ids: Sequence[tuple[int, ...]], recipe: Recipe, context: int | None
 ) -> list[int]:
     """Indices of the prompts that leave room for a response; refuses the source where too many do not."""
     settings, room = recipe.prompts, None
@@ -268,13 +271,13 @@ def _short_enough(
 
 
 def _unique(
-    items: Sequence[_Item], texts: Sequence[str], token_ids: Sequence[tuple[int, ...]], settings: Prompts
+    items: Sequence[Item], texts: Sequence[str], token_ids: Sequence[tuple[int, ...]], settings: Prompts
 ) -> tuple[list[Prompt], int]:
     """The prompts in order of their ids, and how many repetitions were left out.
 
     Rows that repeat a prompt with another answer, or put it into both splits, contradict each other: refused.
     """
-    first: dict[str, tuple[_Item, Prompt]] = {}
+    first: dict[str, tuple[Item, Prompt]] = {}
     errors = RowErrors()
     for item, text, ids in zip(items, texts, token_ids, strict=True):
         split = item.split or ("eval" if _falls_into_eval(text, settings.eval_fraction) else "train")

@@ -127,7 +127,10 @@ def test_ray_only_names_what_stays_behind() -> None:
     assert set(yaml.safe_load(text("ray_job.yaml"))) == {"excludes", "env_vars"}
 
 
-OPEN = r"0\.0\.0\.0|\[::\]|--host\b|host(Network|Port)|containerPort|\bports:|LoadBalancer|NodePort|kind: Service\b|dashboard"
+OPEN = (
+    r"0\.0\.0\.0|\[::\]|--host\b|host(Network|Port)|containerPort|\bports:"
+    r"|LoadBalancer|NodePort|kind: Service\b|dashboard"
+)
 
 
 @pytest.mark.parametrize("name", [path.name for path in TEMPLATES])

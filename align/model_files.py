@@ -15,6 +15,7 @@ from typing import Any
 from align.errors import InputError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "spiece.model", "merges.txt", "vocab.txt")
 """What is fetched of a hub repository: weights, settings and the tokenizer; never Python files or pickles."""
@@ -90,8 +91,8 @@ def weight_files(path: Path, *, key: str = "policy.model") -> list[Path]:
     pickles = sorted(p.name for pattern in PICKLES for p in path.glob(pattern))
     if pickles:
         raise InputError(
-            f"{key}: {path} holds its weights as a pickle only ({pickles[0]}), which can run code when it is loaded and "
-            "is refused; convert it once, in a place you trust, with transformers' `save_pretrained`"
+            f"{key}: {path} holds its weights as a pickle only ({pickles[0]}), which can run code when it is loaded "
+            "and is refused; convert it once, in a place you trust, with transformers' `save_pretrained`"
         )
     raise InputError(f"{key}: {path} has no weights: no *.safetensors file")
 
@@ -108,8 +109,8 @@ def fingerprint(path: Path) -> str:
     no more than a second.
     """
     digest = hashlib.sha256()
-    named = [path / name for name in ("config.json", "generation_config.json", "tokenizer_config.json", *TOKENIZER_FILES)]
-    for file in [p for p in named if p.is_file()] + weight_files(path):
+    small = [path / name for name in (*SETTINGS, *TOKENIZER_FILES)]
+    for file in [p for p in small if p.is_file()] + weight_files(path):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}:".encode())
         with file.open("rb") as stream:

@@ -37,7 +37,7 @@ class Sampler:
         self.tied = bool(config.get("text_config", config).get("tie_word_embeddings", False))
         self.dtype: str = recipe.policy.dtype
         self.syncs = 0  # weight deliveries so far
-        arguments = {
+        arguments: dict[str, Any] = {
             "dtype": recipe.policy.dtype,
             "seed": recipe.seed,
             "skip_tokenizer_init": True,
@@ -47,9 +47,7 @@ class Sampler:
         }
         arguments |= environment.device_defaults(config, recipe.policy.dtype, arguments["max_model_len"])
         arguments |= recipe.sampling.engine
-        self.llm = environment.make_llm(
-            model_dir, config, arguments, "sampling.engine", world_size=ranks.world_size
-        )
+        self.llm = environment.make_llm(model_dir, config, arguments, "sampling.engine", world_size=ranks.world_size)
         self.context: int = self.llm.model_config.max_model_len
 
         from transformers import AutoTokenizer
@@ -68,6 +66,8 @@ class Sampler:
         seed: int,
     ) -> list[Sample]:
         """`n` responses to each prompt, in prompt order and then by index."""
+        if not prompts:
+            return []
         for prompt in prompts:
             self._check_fits(prompt)
         self.llm.reset_prefix_cache()
@@ -77,12 +77,15 @@ class Sampler:
                 seeds.append(int(content_id(seed, purpose, prompt.id, policy_version, index), 16) % 2**31)
                 parameters.append(self._parameters(temperature, seeds[-1]))
                 requests.append({"prompt_token_ids": list(prompt.token_ids)})
-        outputs = self.llm.generate(requests, parameters, use_tqdm=False) if requests else []
-        texts = self._decode([(p.token_ids, o.outputs[0].token_ids) for p, o in zip(_each(prompts, n), outputs, strict=True)])
-        rows = zip(_each(prompts, n), seeds, outputs, texts, strict=True)
+        outputs = self.llm.generate(requests, parameters, use_tqdm=False)
+        completions = [output.outputs[0] for output in outputs]
+        asked = [prompt for prompt in prompts for _ in range(n)]
+        texts = self._decode([(p.token_ids, c.token_ids) for p, c in zip(asked, completions, strict=True)])
         return [
-            self._record(prompt, i % n, policy_version, request_seed, output.outputs[0], text, temperature)
-            for i, (prompt, request_seed, output, text) in enumerate(rows)
+            self._record(prompt, i % n, policy_version, request_seed, completion, text, temperature)
+            for i, (prompt, request_seed, completion, text) in enumerate(
+                zip(asked, seeds, completions, texts, strict=True)
+            )
         ]
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -98,7 +101,7 @@ class Sampler:
         ]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Replace the engine's weights, in checkpoint form and names; returns the engine's parameters left as they were.
+        """Replace the engine's weights, in checkpoint form and names; returns its parameters that nothing came for.
 
         Use `align.sampling.weights.sync`, which also proves that what arrived is what was sent.
         """
@@ -109,13 +112,9 @@ class Sampler:
 
     def close(self) -> None:
         """Free the engine's memory; the process group stays."""
-        import gc
-
         llm = self.__dict__.pop("llm", None)
         if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
-            del llm
-            gc.collect()
+            environment.close_llm(llm)
 
     def _parameters(self, temperature: float, seed: int) -> Any:
         from vllm import SamplingParams
@@ -136,8 +135,8 @@ class Sampler:
         if length + room > self.context:
             raise InputError(
                 f"prompt {prompt.id} has {length} tokens and sampling.max_new_tokens is {room}: together over the "
-                f"sampler's context of {self.context}. Shorten it, or lower prompts.max_tokens or sampling.max_new_tokens. "
-                f"It begins {prompt.text[:60]!r}"
+                f"sampler's context of {self.context}. Lower prompts.max_tokens or sampling.max_new_tokens. The prompt "
+                f"begins {prompt.text[:60]!r}"
             )
 
     def _decode(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[str]:
@@ -195,11 +194,6 @@ def _longest(recipe: Recipe, config: dict[str, Any]) -> int | None:
     return min(context, limit + recipe.sampling.max_new_tokens)
 
 
-def _each(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
-    """Every prompt `n` times in a row."""
-    return [prompt for prompt in prompts for _ in range(n)]
-
-
 def _reload(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Runs inside the engine: vLLM's in-place reload, and which parameters it did not touch.
 
@@ -208,7 +202,8 @@ def _reload(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str
     """
     model = worker.model_runner.get_model()
     expected = {name for name, _ in model.named_parameters()}
-    load, loaded = model.load_weights, set()
+    load = model.load_weights
+    loaded: set[str] = set()
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         names = load(*args, **kwargs)

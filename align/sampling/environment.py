@@ -91,6 +91,7 @@ def make_llm(
         _spare_cpu_compilers(config)
         from vllm import LLM
 
+        _keep_process_groups()
         _refuse_unknown(settings, key)
         arguments: dict[str, Any] = {
             "load_format": "safetensors",
@@ -105,6 +106,27 @@ def make_llm(
             return LLM(str(model_dir), **arguments)
         except (ValueError, TypeError) as error:
             raise InputError(f"{key}: vLLM refuses {model_dir}: {_first_reason(error)}") from error
+
+
+def close_llm(llm: Any) -> None:
+    """Free an engine's memory, and only that: other engines and the process group live on."""
+    import gc
+
+    import torch
+
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _keep_process_groups() -> None:
+    """An engine that ends, or is garbage, would destroy the process group of the trainer and of every other engine."""
+    import vllm.v1.engine.core as core
+
+    if hasattr(core, "cleanup_dist_env_and_memory"):
+        core.cleanup_dist_env_and_memory = lambda *_, **__: None
 
 
 def device_defaults(config: Mapping[str, Any], dtype: str, max_model_len: int | None) -> dict[str, Any]:
@@ -185,9 +207,9 @@ def _spare_cpu_compilers(config: Mapping[str, Any]) -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     for name in config.get("architectures") or ():
-        lazy = ModelRegistry.models.get(name)
-        if hasattr(lazy, "module_name"):
-            ModelRegistry.register_model(name, lazy.load_model_cls())
+        known: Any = ModelRegistry.models.get(name)
+        if hasattr(known, "module_name"):  # not imported yet
+            ModelRegistry.register_model(name, known.load_model_cls())
 
 
 def _refuse_unknown(settings: Mapping[str, Any], key: str) -> None:
@@ -199,7 +221,8 @@ def _refuse_unknown(settings: Mapping[str, Any], key: str) -> None:
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
-            raise InputError(f"{key}.{name}: vllm.LLM has no such argument{f', did you mean {near[0]}?' if near else ''}")
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise InputError(f"{key}.{name}: vllm.LLM has no such argument{hint}")
 
 
 def _keywords(function: Callable[..., Any]) -> list[str]:

@@ -56,7 +56,7 @@ def columns(width: int, turn: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Compared:
-    """Names of the tensors that were compared, of those that differ, and of those without which a layer is not whole."""
+    """Names of the tensors that were compared, that differ, and that a half-delivered layer is waiting for."""
 
     checked: tuple[str, ...]
     wrong: tuple[str, ...]

@@ -76,5 +76,6 @@ def match_balance(p_good: np.ndarray, balance: float) -> np.ndarray:
 
 
 def sigmoid(logit: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)), without overflow at either end."""
-    return np.exp(-np.logaddexp(0.0, -logit))
+    """1 / (1 + exp(-x)), without overflow at either end; NaN stays NaN."""
+    small = np.exp(-np.abs(logit))
+    return np.where(logit > 0, 1.0, small) / (1.0 + small)

@@ -24,7 +24,8 @@ TILT = 0.7  # share of a verifier's pseudo-votes that are right; MeTaL's startin
 TOLERANCE = 1e-9  # relative change of the log-posterior that ends EM; at 1e-7 doubtful responses still move by 1%
 BALANCE_PSEUDO = 1.0  # pseudo-responses of each class behind a free class balance
 MAX_LOG_ODDS = 4.0  # the most that one channel may say for or against a response
-MIN_SUPPORT = 0.75  # below this the verifiers other than the leading one hardly know of the fit's "good"
+MIN_SUPPORT = 0.3  # below this the verifiers that are not the leading one's kin know nothing of the fit's "good"
+MIN_SOURCES = 5  # joining kin stops here: with fewer sources left too little is left to bear the next fit out
 HIGH_RESIDUAL = 0.4  # residual correlation that is worth a warning
 
 
@@ -61,7 +62,7 @@ class DawidSkene:
         """
         first = fit = self._fit_once(table)
         joined = table
-        while fit.diagnostics["support"] < MIN_SUPPORT and len(channels(joined)) > 3:
+        while fit.diagnostics["support"] < MIN_SUPPORT and len(channels(joined)) > MIN_SOURCES:
             joined = join_kin(joined, int(fit.diagnostics["leader"]))
             fit = self._fit_once(joined)
         if fit.diagnostics["support"] < MIN_SUPPORT:

@@ -67,37 +67,48 @@ def residual_dependence(
 def support_of_others(
     table: VerdictTable, made: Sequence[Channel], evidence: np.ndarray, p_good: np.ndarray
 ) -> tuple[int, float]:
-    """One column of the leading channel, and how well the other verifiers bear the fit out.
+    """One column of the leading channel, and how well the verifiers that are not its kin bear the fit out.
 
-    The support is the distance between good and bad in the mean of all verdicts but the leader's, in standard
-    deviations within a class (d').  EM can take an error that a few verifiers share for the answer; "good" is then
-    what one channel says, and the rest know nothing of it.  In simulated sums with seven verifiers such fits had
-    support below 0.75 and sound ones above, from 15% to 99% good.  The leader is the channel that separates the
-    classes most.  The same distance with every verifier in is taken too and the smaller one returned: a fit against
-    the consensus is no better.
+    EM can take an error that a few verifiers share for the answer; "good" is then what one channel says, and only its
+    kin agree.  So the leader (the channel that separates the classes most) and the family most correlated with it
+    are set aside, and the support is the distance between good and bad in the mean verdict of the rest, in
+    standard deviations within a class (d').  The same distance with every verifier in is taken too and the smaller
+    one returned: a fit against the consensus is no better.
+
+    In simulated sums judged by seven verifiers, 1% to 99% right, with and without declared families, 80 of 234 fits
+    were worse than the mean; the largest support among them was 0.24.
     """
     good = np.nan_to_num(p_good)
     bad = (~np.isnan(p_good)).astype(float) - good
     apart = good / max(good.sum(), 1e-12) - bad / max(bad.sum(), 1e-12)
-    leader = int(np.argmax(apart @ evidence))
+    leader = made[int(np.argmax(apart @ evidence))].columns[0]
     values = normalise(table)
-    others = [j for c, channel in enumerate(made) if c != leader for j in channel.columns]
-    everyone = list(range(len(table.names)))
-    support = min(_separation(row_mean(values[:, columns]), good, bad) for columns in (others, everyone))
-    return made[leader].columns[0], support
+    names = _source_names(table)
+    aside = {names[leader], names[_closest_kin(values, names, leader)]}
+    rest = [j for j, name in enumerate(names) if name not in aside]
+    support = min(_separation(row_mean(values[:, columns]), good, bad) for columns in (rest, list(range(len(names)))))
+    return leader, support
 
 
 def join_kin(table: VerdictTable, leader: int) -> VerdictTable:
-    """The table with the leader's family grown by the verifier outside it that is most correlated, with its family."""
-    values = normalise(table)
-    names = [family or f"({name} alone)" for family, name in zip(table.families, table.names, strict=True)]
-    inside = [j for j, name in enumerate(names) if name == names[leader]]
-    outside = [j for j, name in enumerate(names) if name != names[leader]]
-    kin = max(outside, key=lambda j: max(_correlation(values[:, i], values[:, j]) for i in inside))
-    joined = {names[leader], names[kin]}
+    """The table with the leader's family grown by the family, or lone verifier, most correlated with it."""
+    names = _source_names(table)
+    joined = {names[leader], names[_closest_kin(normalise(table), names, leader)]}
     label = " + ".join(sorted(joined))
     families = tuple(label if n in joined else f for n, f in zip(names, table.families, strict=True))
     return replace(table, families=families)
+
+
+def _source_names(table: VerdictTable) -> list[str]:
+    """[M]: the family of each verifier, or a name of its own."""
+    return [family or f"({name} alone)" for family, name in zip(table.families, table.names, strict=True)]
+
+
+def _closest_kin(values: np.ndarray, names: Sequence[str], leader: int) -> int:
+    """The column outside the leader's family that is most correlated with any in it."""
+    inside = [j for j, name in enumerate(names) if name == names[leader]]
+    outside = [j for j, name in enumerate(names) if name != names[leader]]
+    return max(outside, key=lambda j: max(_correlation(values[:, i], values[:, j]) for i in inside))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -24,7 +24,7 @@ TILT = 0.7  # share of a verifier's pseudo-votes that are right; MeTaL's startin
 TOLERANCE = 1e-9  # relative change of the log-posterior that ends EM; at 1e-7 doubtful responses still move by 1%
 BALANCE_PSEUDO = 1.0  # pseudo-responses of each class behind a free class balance
 MAX_LOG_ODDS = 4.0  # the most that one channel may say for or against a response
-MIN_SUPPORT = 0.3  # below this the verifiers that are not the leading one's kin know nothing of the fit's "good"
+MIN_SUPPORT = 0.35  # below this the verifiers that are not the leading one's kin know nothing of the fit's "good"
 MIN_SOURCES = 5  # joining kin stops here: with fewer sources left too little is left to bear the next fit out
 HIGH_RESIDUAL = 0.4  # residual correlation that is worth a warning
 

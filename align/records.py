@@ -68,7 +68,7 @@ class Sample:
 class Verdict:
     """What one verifier said of one sample: a number, or none with the reason.
 
-    Example: Verdict("9c…", "nines", 1.0, None, 2e-6) or Verdict("9c…", "nines", None, "no number in the response", 2e-6)
+    Example: Verdict("9c…", "nines", 1.0, None, 2e-6) or Verdict("9c…", "nines", None, "the prompt is not a+b=", 2e-6)
     """
 
     sample_id: str

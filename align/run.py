@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,9 @@ class Run:
     @contextmanager
     def open(cls, recipe: Recipe, ranks: Ranks) -> Iterator[Run]:
         """Check what can be checked before anything heavy starts, open the run directory, and close all at the end."""
-        for spec in (*recipe.verifiers, *([recipe.evaluation.gold] if recipe.evaluation.gold else ())):
-            registry.check(spec)
+        remarks = [remark for spec in recipe.verifiers for remark in registry.check(spec)]
+        if recipe.evaluation.gold is not None:
+            remarks += registry.check(recipe.evaluation.gold, where="evaluation.gold")
         identity = {}
         if recipe.policy.model is not None:
             path = resolve_model(recipe.policy.model, recipe.policy.revision)
@@ -66,6 +68,8 @@ class Run:
             identity["model"] = fingerprint(path)
         store = RunStore.open(recipe, ranks, identity=identity)
         run = cls(recipe, ranks, store)
+        for line in (*remarks, *store.notices):
+            run.say(line)
         try:
             yield run
         except BaseException:
@@ -77,10 +81,10 @@ class Run:
         """Stop the engines and the verifier processes; a failed run says so in its summary."""
         for pool in self._pools.values():
             pool.close()
+        if self._policy is not None:
+            self._policy.close()  # before the sampler, which takes the process group down with it
         if self._sampler is not None:
             self._sampler.close()
-        if self._policy is not None:
-            self._policy.close()
         if failed and not self.store.finished:
             self.write_summary("failed")
         self.store.close()
@@ -181,7 +185,7 @@ class Run:
 
             with self.timed("sync"):
                 report = sync(self._sampler, policy, self.probes(), self.recipe.sampling.attest_tolerance)
-            self.keep(policy.version, "sync", report.to_dict())
+            self.keep(policy.version, "sync", asdict(report))
             self._synced_version = policy.version
         return self._sampler
 
@@ -203,7 +207,8 @@ class Run:
     def probes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(prompt ids, response ids) on which trainer and sampler are compared: real prompts, and one sequence that
         walks the vocabulary so that rarely used embedding rows are looked at too."""
-        found = [(p.token_ids[:1], p.token_ids[1:]) for p in self.prompts().train[:PROBE_PROMPTS] if len(p.token_ids) > 1]
+        prompts = self.prompts().train[:PROBE_PROMPTS]
+        found = [(p.token_ids[:1], p.token_ids[1:]) for p in prompts if len(p.token_ids) > 1]
         policy = self.policy()
         vocabulary = policy.vocabulary_size
         length = min(PROBE_TOKENS, vocabulary, (context_length(self.model_dir()) or PROBE_TOKENS) - 1)
@@ -293,6 +298,12 @@ class Run:
         if self.ranks.rank == 0 and self.store.read_json(round_index, name) is None:
             self.store.commit_json(round_index, name, value)
 
+    def kept(self, round_index: int | None, name: str) -> dict[str, Any]:
+        """A report that an earlier stage kept."""
+        found = self.store.read_json(round_index, name)
+        assert found is not None, f"{name} is kept before it is asked for"
+        return found
+
     def say(self, text: str) -> None:
         """A plain line from rank 0."""
         if self.ranks.rank == 0:
@@ -300,7 +311,7 @@ class Run:
 
     def say_evaluation(self, version: int) -> None:
         """The evaluation of one version as one line."""
-        self.say(f"round {version}: {render_evaluation(self.store.read_json(version, 'evaluation'))}")
+        self.say(f"round {version}: {render_evaluation(self.kept(version, 'evaluation'))}")
 
     def verifier_rows(self, estimates: Sequence[Any], verdicts: Sequence[Any]) -> dict[str, Any]:
         """Per verifier: estimated accuracy and rates, coverage, reasons of failure, seconds."""
@@ -315,7 +326,7 @@ class Run:
     def report(self) -> None:
         """The closing table, rank 0 only."""
         if self.ranks.rank == 0:
-            render_report(self.store.read_json(None, "summary"), self.store.root)
+            render_report(self.kept(None, "summary"), self.store.root)
 
     def model_card(self) -> str:
         """The export's README.md."""

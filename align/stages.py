@@ -8,7 +8,8 @@ depends on its prompts alone, not on which rank drew it or on what was drawn bef
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from align.ensemble.combine import combine, to_scores
 from align.ensemble.table import from_records
@@ -28,34 +29,33 @@ Row = TypeVar("Row")
 
 def sample(run: Run, round_index: int) -> None:
     """Draw `samples_per_prompt` responses for the round's prompts from the policy as it is now."""
-    settings = run.recipe.sampling
-    prompts = run.round_prompts(round_index)
-    _sample_shards(run, round_index, "samples", prompts, n=settings.samples_per_prompt, temperature=settings.temperature)
+    with run.timed("sample"):
+        _sample_shards(run, round_index, "train", run.round_prompts(round_index))
 
 
-def _sample_shards(
-    run: Run, round_index: int, stage: str, prompts: Sequence[Prompt], *, n: int, temperature: float
-) -> None:
+def _sample_shards(run: Run, round_index: int, purpose: Literal["train", "eval"], prompts: Sequence[Prompt]) -> None:
     """Sample the shards that are not committed yet, in turn over the ranks, and commit the stage."""
-    store, ranks = run.store, run.ranks
+    store, ranks, recipe = run.store, run.ranks, run.recipe
+    stage = "samples" if purpose == "train" else "eval_samples"
+    settings = recipe.sampling if purpose == "train" else recipe.evaluation
     if store.stage_done(round_index, stage):
         return
-    shards = _shards(prompts, run.recipe.sampling.prompts_per_shard)
+    shards = _shards(prompts, recipe.sampling.prompts_per_shard)
     pending = ranks.broadcast([i for i in range(len(shards)) if not store.shard_done(round_index, stage, i)])
-    purpose = "train" if stage == "samples" else "eval"
-    with run.timed("sample" if purpose == "train" else "evaluate"), ranks.stage(stage):
+    sampler = run.synced_sampler() if pending else None
+    with ranks.stage(stage):
         mine = pending[ranks.rank :: ranks.world_size]
-        sampler = run.synced_sampler() if pending else None
-        with track(f"round {round_index}: {purpose} samples", total=sum(len(shards[i]) for i in mine), unit="prompts") as bar:
+        label, total = f"round {round_index}: {purpose} samples", sum(len(shards[i]) for i in mine)
+        with track(label, total=total, unit="prompts") as bar:
             for i in mine:
                 assert sampler is not None
                 rows = sampler.sample(
                     shards[i],
                     policy_version=run.version,
-                    n=n,
-                    temperature=temperature,
+                    n=settings.samples_per_prompt,
+                    temperature=settings.temperature,
                     purpose=purpose,
-                    seed=run.recipe.seed,
+                    seed=recipe.seed,
                 )
                 store.commit_shard(round_index, stage, i, rows)
                 bar.advance(len(shards[i]))
@@ -169,9 +169,9 @@ def pair(run: Run, round_index: int) -> None:
             samples = {s.id: s for s in run.read(round_index, "samples")}
             report = build_pairs(run.read(round_index, "scores"), samples, run.recipe.pairs)
             run.store.commit_shard(round_index, "pairs", 0, report.pairs)
-            summary = {"counts": report.counts, "length_gap_tokens": report.length_gap_tokens, "explain": report.explain()}
-            run.keep(round_index, "pairing", summary)
-            run.say(f"round {round_index}: {report.explain()}")
+            told = {"counts": report.counts, "length_gap_tokens": report.length_gap_tokens, "explain": report.explain()}
+            run.keep(round_index, "pairing", told)
+            run.say(f"round {round_index}: {told['explain']}")
     run.store.commit_stage(round_index, "pairs", 1)
 
 
@@ -190,7 +190,7 @@ def train(run: Run, round_index: int) -> None:
         if pairs:
             samples = {s.id: s for s in run.read(round_index, "samples")}
             report = train_round(policy, pairs, samples, run.recipe, round_index, on_step=run.append_metrics)
-            run.keep(round_index, "training", report.to_dict())
+            run.keep(round_index, "training", asdict(report))
     with run.timed("checkpoint"):
         policy.version = round_index + 1
         with run.store.commit_checkpoint(policy.version) as directory:
@@ -199,7 +199,7 @@ def train(run: Run, round_index: int) -> None:
 
 def _empty_round(run: Run, round_index: int) -> None:
     """A round without one usable pair stops the run or is passed over, as the recipe says."""
-    explain = run.store.read_json(round_index, "pairing")["explain"]
+    explain = run.kept(round_index, "pairing")["explain"]
     if run.recipe.rounds.on_empty == "stop":
         raise RunError(
             f"round {round_index}: not one usable pair: {explain}. Mend the verifiers or the pairs block, "
@@ -214,11 +214,9 @@ def evaluate(run: Run, version: int) -> None:
     if store.read_json(version, "evaluation") is not None:
         return
     prompts = run.eval_prompts()
-    _sample_shards(
-        run, version, "eval_samples", prompts, n=settings.samples_per_prompt, temperature=settings.temperature
-    )
     by_id = {p.id: p for p in prompts}
     with run.timed("evaluate"):
+        _sample_shards(run, version, "eval", prompts)
         _verify_shards(run, version, "eval_samples", "eval_verdicts", by_id)
         if settings.gold is not None:
             _verify_shards(run, version, "eval_samples", "eval_gold", by_id)
@@ -246,9 +244,7 @@ def export(run: Run) -> None:
     if run.store.verify_directory("export") is not None:
         return
     with run.timed("export"):
-        report = write_export(
-            run.policy(), run.store, run.recipe, card=run.model_card(), probes=run.probes(), tolerance=run.recipe.export.tolerance
-        )
+        report = write_export(run.policy(), run.store, run.recipe, card=run.model_card(), probes=run.probes())
     run.keep(None, "export_report", report)
     run.say(f"exported to {run.store.root / 'export'}")
 

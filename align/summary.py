@@ -74,7 +74,7 @@ def _version(package: str) -> str | None:
 def verifier_rows(estimates: Sequence[Any], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Per verifier: what the ensemble estimates of it, why it abstained and how often, and the seconds it took."""
     reasons: dict[str, Counter[str]] = {e.name: Counter() for e in estimates}
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = dict.fromkeys(reasons, 0.0)
     for verdict in verdicts:
         seconds[verdict.verifier] += verdict.seconds
         if verdict.reason is not None:

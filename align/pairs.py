@@ -19,10 +19,12 @@ DROPPED = {
     "ties": "had equal rewards",
     "identical": "were two identical responses",
     "below_margin": "differed by no more than pairs.min_margin",
-    "too_likely_tie": "were ties with more than pairs.max_tie",
+    "too_likely_tie": "were ties with more than pairs.max_tie, or for certain",
     "over_limit": "were beyond pairs.max_per_prompt",
 }
 """Why a candidate pair did not become one, in the order in which the stages look."""
+
+CERTAIN_TIE = 1e-9  # a soft pair of less weight teaches nothing, and its label would be rounding error
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +105,10 @@ def _dropped_at(
         return "identical"
     if pair.margin <= settings.min_margin:
         return "below_margin"
-    tie = 1.0 - better.p_good * (1.0 - worse.p_good) - worse.p_good * (1.0 - better.p_good)
-    return "too_likely_tie" if tie > settings.max_tie else None
+    decided = better.p_good * (1.0 - worse.p_good) + worse.p_good * (1.0 - better.p_good)
+    if 1.0 - decided > settings.max_tie or (settings.labels == "soft" and decided < CERTAIN_TIE):
+        return "too_likely_tie"
+    return None
 
 
 def make_pair(better: Score, worse: Score, settings: Pairs) -> Pair:

@@ -79,6 +79,12 @@ def test_likely_ties_are_dropped() -> None:
     assert build(scores, max_tie=0.85, labels="hard").counts["too_likely_tie"] == 1
 
 
+def test_a_certain_tie_is_dropped_because_its_label_would_be_rounding_error() -> None:
+    scores = [score("a", 1.0 - 1e-15), score("b", 1.0 - 3e-15)]
+    assert build(scores).counts["too_likely_tie"] == 1
+    assert len(build(scores, labels="hard").pairs) == 1
+
+
 def test_equal_rewards_identical_responses_lone_and_unscored_ones_are_counted() -> None:
     samples = {
         "a": sample("a", "tie"), "b": sample("b", "tie"),
@@ -148,7 +154,7 @@ def test_whatever_the_scores(prompts: list[list[float]], settings: dict, shuffle
         chosen, rejected = by_id[pair.chosen_id], by_id[pair.rejected_id]
         assert chosen.prompt_id == rejected.prompt_id == pair.prompt_id
         assert chosen.reward > rejected.reward and pair.margin > settings["min_margin"]
-        assert 0.5 <= pair.label <= 1.0 and 0.0 < pair.weight <= 1.0
+        assert 0.5 <= pair.label <= 1.0 + 1e-12 and 0.0 < pair.weight <= 1.0
         assert pair.weight == pytest.approx(1.0 - pair.p_tie) and 0.0 <= pair.p_tie <= 1.0
     shuffler.shuffle(scores)  # type: ignore[attr-defined]
     assert build(scores, **settings).pairs == report.pairs

@@ -28,6 +28,7 @@ LOGIT_COPIES = 3
 their normaliser, and the probabilities.  Training holds fewer: its backward pass works in place."""
 REDUCE_BUCKET = 500_000_000
 """Numbers in DeepSpeed's communication buffer where `training.deepspeed` does not say."""
+TOKENS = "training.tokens_per_batch"
 LIBRARIES = {"cpu": 1_200 * 2**20, "cuda": 600 * 2**20}
 """What a rank takes before it holds a model: on a CPU the interpreter with torch, vLLM and DeepSpeed (measured: see
 the test); on a GPU the CUDA context and libraries (an estimate)."""
@@ -76,6 +77,42 @@ def memory_parts(
         limit = spec.max_tokens or shape.context or 2048
         parts += _engine(spec.engine, shape, b, machine, name=name, key=key, longest=limit)
     return tuple(part for part in parts if part.bytes)
+
+
+def cold_start_parts(
+    recipe: Recipe, policy: ModelShape, machine: Machine, *, ranks: int, longest: int
+) -> tuple[Part, ...]:
+    """Parts of the cold start, where there is one: all weights in fp32 on every rank, and whole logits.
+
+    It is over before the trainer and the sampler start.
+    """
+    start, training = recipe.cold_start, recipe.training
+    if start is None:
+        return ()
+    p, smaller = policy.parameters, "a smaller policy.model"
+    tokens = max(longest, min(training.tokens_per_batch, -(-start.batch_size // ranks) * longest))
+    width = 2 if machine.kind == "cuda" and recipe.policy.dtype == "bfloat16" else 4  # mixed precision on a GPU only
+    layer = layer_activation_bytes(policy, width)
+    shared = 4 if ranks > 1 else 0
+    kept = policy.layers * layer
+    if training.gradient_checkpointing:
+        kept = layer + policy.layers * policy.hidden * width
+    logits = tokens * policy.vocabulary * 4 * LOGIT_COPIES
+    parts = [
+        Part("libraries", "device", LIBRARIES[machine.kind], "before any model", ""),
+        Part("weights", "device", p * 4, f"P {p:,} x 4", smaller),
+        Part("gradients", "device", p * (4 + shared), f"P {p:,} x {4 + shared}", smaller),
+        Part("optimizer", "device", p * 8, f"P {p:,} x 8 (two moments)", smaller),
+        Part(
+            "logits",
+            "device",
+            logits,
+            f"tokens {tokens:,} x vocabulary {policy.vocabulary:,} x 4 x {LOGIT_COPIES}",
+            TOKENS,
+        ),
+        Part("activations", "device", tokens * kept, f"estimate: tokens {tokens:,} x {kept:,} bytes", TOKENS),
+    ]
+    return tuple(parts)
 
 
 def state_parts(training: Training, policy: ModelShape, dtype: str, ranks: int) -> list[Part]:
@@ -183,7 +220,7 @@ def _activations(recipe: Recipe, policy: ModelShape, b: int, tokens: int) -> Par
         total = tokens * (policy.layers * policy.hidden * b + layer + last_norm)
         inputs = f"layers {policy.layers} x width {policy.hidden} x {b}"
         formula = f"estimate: tokens {tokens:,} x ({inputs} + one layer {layer:,} + last norm {last_norm:,})"
-        knob = "training.tokens_per_batch"
+        knob = TOKENS
     else:
         total = tokens * (policy.layers * layer + last_norm)
         formula = f"estimate: tokens {tokens:,} x (layers {policy.layers} x {layer:,} bytes + last norm {last_norm:,})"

@@ -7,66 +7,26 @@ Counts are upper bounds: a response may end before `max_new_tokens`, and a promp
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError
 from align.machine import Machine, find_machine, free_disk
-from align.memory import DTYPE_BYTES, GIB, Part, memory_parts
+from align.memory import GIB, Part, cold_start_parts, memory_parts
 from align.model_shape import ModelShape, config_shape, load_config, policy_shape
 from align.recipe import Recipe
 from align.sampling.environment import check_engine_settings
-from align.training.deepspeed_config import deepspeed_config, effective_stage
+from align.training.deepspeed_config import deepspeed_config
 from align.verifiers.spec import RewardModelSpec
+from align.workload import PromptFacts, Stage, Store, plan_disk, plan_stages
 
 if TYPE_CHECKING:
     from align.prompts import PromptSet
 
 DEFAULT_CONTEXT = 2048
 """Context of a model whose config.json names none, as in vLLM."""
-ROW_BYTES = 400
-"""Ids, numbers and names of one sample with its score and pair, before compression."""
-VERDICT_BYTES = 60
-"""One verdict, before compression."""
-
-
-@dataclass(frozen=True)
-class PromptFacts:
-    """What is known of the prompts.
-
-    Example: PromptFacts(train=18_000, eval=2_000, longest=8, read=True)
-    """
-
-    train: int | None  # None where the source was not read
-    eval: int | None
-    longest: int  # tokens; an upper bound where the source was not read
-    read: bool
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage, in the order of the run, with what one turn of it handles at most.
-
-    Example: Stage("sample", times=3, counts={"prompts": 512, "samples": 4096, "tokens sampled": 65_536})
-    """
-
-    name: str
-    times: int
-    counts: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Store:
-    """Bytes that one kind of artifact takes on disk at most.
-
-    Example: Store("checkpoints", 41_000_000, "3 x (P 791,296 x 4 + T 791,296 x 8)", "training.keep_checkpoints")
-    """
-
-    name: str
-    bytes: int
-    formula: str
-    knob: str
 
 
 @dataclass(frozen=True)
@@ -80,18 +40,23 @@ class Plan:
     prompts: PromptFacts
     context: int
     stages: tuple[Stage, ...]
+    cold_start: tuple[Part, ...]  # memory while it lasts, before trainer and sampler start; empty without one
     memory: tuple[Part, ...]
     disk: tuple[Store, ...]
     disk_free: int
     notes: tuple[str, ...]
 
     def device_bytes(self) -> int:
-        """Memory one rank needs on its device; on a CPU this is all of it."""
+        """Memory one rank needs on its device in the rounds; on a CPU this is all of it."""
         return sum(p.bytes for p in self.memory if p.place == "device" or self.machine.kind == "cpu")
 
     def host_bytes(self) -> int:
         """Main memory one rank needs beside its GPU; 0 on a CPU, where the device is main memory."""
         return sum(p.bytes for p in self.memory if p.place == "host" and self.machine.kind != "cpu")
+
+    def cold_start_bytes(self) -> int:
+        """Memory one rank needs on its device during the cold start."""
+        return sum(p.bytes for p in self.cold_start)
 
     def disk_bytes(self) -> int:
         """Disk the run needs at its fullest."""
@@ -106,6 +71,7 @@ class Plan:
         totals = {
             "device_bytes": self.device_bytes(),
             "host_bytes": self.host_bytes(),
+            "cold_start_bytes": self.cold_start_bytes(),
             "disk_bytes": self.disk_bytes(),
             **{name.replace(" ", "_"): self.total(name) for name in ("tokens sampled", "tokens trained", "steps")},
         }
@@ -137,7 +103,7 @@ def make_plan(
         longest=longest,
         context=context if limit is None else min(context, limit + recipe.sampling.max_new_tokens),
     )
-    stages = plan_stages(recipe, facts, ranks)
+    stages = plan_stages(recipe, policy, facts)
     plan = Plan(
         recipe=recipe.name,
         ranks=ranks,
@@ -146,6 +112,7 @@ def make_plan(
         prompts=facts,
         context=context,
         stages=stages,
+        cold_start=cold_start_parts(recipe, policy, machine, ranks=ranks, longest=longest),
         memory=memory,
         disk=plan_disk(recipe, policy, facts, stages),
         disk_free=free_disk(Path(recipe.output_dir)),
@@ -154,7 +121,7 @@ def make_plan(
     problems = find_problems(plan)
     if problems:
         raise InputError("\n".join(problems))
-    return Plan(**{**{f: getattr(plan, f) for f in plan.__dataclass_fields__}, "notes": find_notes(recipe, plan)})
+    return replace(plan, notes=find_notes(recipe, plan))
 
 
 def reward_shapes(recipe: Recipe) -> list[tuple[RewardModelSpec, ModelShape]]:
@@ -220,89 +187,27 @@ def _tokenizer(recipe: Recipe) -> Any:
         raise InputError(f"policy.model: {model} has no tokenizer that transformers can read: {first_line}") from None
 
 
-def plan_stages(recipe: Recipe, facts: PromptFacts, ranks: int) -> tuple[Stage, ...]:
-    """The stages in order, with what each handles at most."""
-    from align.run import pairs_per_prompt
-
-    sampling, training, rounds = recipe.sampling, recipe.training, recipe.rounds
-    evaluation, gold = recipe.evaluation, int(recipe.evaluation.gold is not None)
-    response = sampling.max_new_tokens
-    samples = rounds.prompts_per_round * sampling.samples_per_prompt
-    held_out = min(evaluation.prompts, facts.eval) if facts.eval is not None else evaluation.prompts
-    eval_samples = held_out * evaluation.samples_per_prompt
-    evaluations = len({r for r in range(rounds.count) if r % evaluation.every == 0}) + 1
-    voters = len(recipe.verifiers)
-    pairs = rounds.prompts_per_round * pairs_per_prompt(recipe)
-    steps = training.epochs * math.ceil(pairs / training.pairs_per_step)
-    tokens = pairs * training.epochs * (facts.longest + 2 * response)
-    stages = []
-    start = recipe.cold_start
-    if start is not None:
-        seen = start.steps * start.batch_size
-        counts = {"examples": seen, "steps": start.steps, "tokens trained": seen * (facts.longest + response)}
-        stages.append(Stage("cold start", 1, counts))
-    measured = {
-        "prompts": held_out,
-        "samples": eval_samples,
-        "tokens sampled": eval_samples * response,
-        "verdicts": eval_samples * (voters + gold),
-    }
-    drawn = {"prompts": rounds.prompts_per_round, "samples": samples, "tokens sampled": samples * response}
-    return (
-        *stages,
-        Stage("evaluate", evaluations, measured),
-        Stage("sample", rounds.count, drawn),
-        Stage("verify", rounds.count, {"verdicts": samples * (voters + gold)}),
-        Stage("combine", rounds.count, {"scores": samples}),
-        Stage("pair", rounds.count, {"pairs": pairs}),
-        Stage("train", rounds.count, {"pairs": pairs * training.epochs, "steps": steps, "tokens trained": tokens}),
-        Stage("sync", rounds.count + 1, {"ranks": ranks}),
-        Stage("export", 1, {}),
-    )
-
-
-def plan_disk(recipe: Recipe, policy: ModelShape, facts: PromptFacts, stages: tuple[Stage, ...]) -> tuple[Store, ...]:
-    """What lies in the run directory at its fullest: one checkpoint more than are kept, as the new one comes first."""
-    b = DTYPE_BYTES[recipe.policy.dtype]
-    p, t, training = policy.parameters, policy.trainable, recipe.training
-    state = 8 if effective_stage(training, recipe.policy.dtype) == 0 else 12
-    kept = min(training.keep_checkpoints + 1, recipe.rounds.count)
-    written = p if recipe.policy.lora is None else t  # frozen weights are not written again
-    stores = []
-    if recipe.policy.from_scratch is not None:
-        stores.append(Store("new model", p * 4, f"P {p:,} x 4", "policy.from_scratch"))
-    if recipe.cold_start is not None:
-        stores.append(Store("cold start", p * 4, f"P {p:,} x 4", "policy.model"))
-    formula = f"{kept} x (weights {written:,} x {b} + T {t:,} x {state})"
-    size = kept * (written * b + t * state)
-    stores.append(Store("checkpoints", size, formula, "training.keep_checkpoints or policy.lora"))
-    stores.append(Store("export", p * b, f"P {p:,} x {b}", "policy.model"))
-    samples = sum(s.times * s.counts.get("samples", 0) for s in stages)
-    verdicts = sum(s.times * s.counts.get("verdicts", 0) for s in stages)
-    per_sample = ROW_BYTES + 4 * facts.longest + 16 * recipe.sampling.max_new_tokens
-    size = samples * per_sample + verdicts * VERDICT_BYTES
-    formula = f"samples {samples:,} x {per_sample:,} + verdicts {verdicts:,} x {VERDICT_BYTES}, before compression"
-    stores.append(Store("artifacts", size, formula, "rounds, sampling.samples_per_prompt"))
-    return tuple(stores)
-
-
 def find_problems(plan: Plan) -> list[str]:
     """Every reason why the plan cannot be carried out, each with the part that is too large and what to turn."""
     problems = []
     machine = plan.machine
-    places = [("device", plan.device_bytes(), machine.device_bytes, f"a rank has on this machine ({machine.name})")]
-    if machine.kind != "cpu":
-        places.append(("host", plan.host_bytes(), machine.host_bytes, "of main memory that each rank has here"))
-    for place, need, have, whose in places:
+    on_device = [p for p in plan.memory if p.place == "device" or machine.kind == "cpu"]
+    on_host = [p for p in plan.memory if p not in on_device]
+    own = f"a rank has on this machine ({machine.name})"
+    budgets = [
+        ("memory", plan.device_bytes(), machine.device_bytes, own, on_device),
+        ("main memory", plan.host_bytes(), machine.host_bytes, "that each rank has here", on_host),
+        ("memory of the cold start", plan.cold_start_bytes(), machine.device_bytes, own, plan.cold_start),
+    ]
+    for what, need, have, whose, parts in budgets:
         if need > have:
-            parts = [p for p in plan.memory if p.place == place or machine.kind == "cpu"]
-            problems.append(_too_large("memory", need, have, whose, parts))
+            problems.append(_too_large(what, need, have, whose, parts))
     if plan.disk_bytes() > plan.disk_free:
         problems.append(_too_large("disk", plan.disk_bytes(), plan.disk_free, "free under output_dir", plan.disk))
     return problems
 
 
-def _too_large(what: str, need: int, have: int, whose: str, parts: Any) -> str:
+def _too_large(what: str, need: int, have: int, whose: str, parts: Sequence[Part | Store]) -> str:
     """One message: what is needed, what there is, the largest part and its knob, and the other parts."""
     first, *others = sorted(parts, key=lambda part: -part.bytes)
     rest = ", ".join(f"{part.name} {gib(part.bytes)}" for part in others if part.bytes * 50 > need)
@@ -316,10 +221,9 @@ def find_notes(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
     """What the user should know although nothing is refused."""
     notes = []
     machine, facts = plan.machine, plan.prompts
-    if plan.device_bytes() > machine.device_free:
-        notes.append(
-            f"only {gib(machine.device_free)} of the device is free now; {gib(plan.device_bytes())} are needed"
-        )
+    need = max(plan.device_bytes(), plan.cold_start_bytes())
+    if need > machine.device_free:
+        notes.append(f"only {gib(machine.device_free)} of the device is free now; {gib(need)} are needed")
     if machine.devices and plan.ranks > machine.devices:
         notes.append(f"{plan.ranks} ranks need {math.ceil(plan.ranks / machine.devices)} machines like this one")
     if not facts.read:
@@ -347,12 +251,16 @@ def render(plan: Plan) -> str:
     rows = [(s.name, f"x{s.times}", ", ".join(f"{n:,} {what}" for what, n in s.counts.items())) for s in plan.stages]
     lines += _columns(rows)
     totals = ", ".join(f"{plan.total(name):,} {name}" for name in ("tokens sampled", "tokens trained", "steps"))
-    lines += [f"  in all: {totals}", "", f"Memory of one rank ({gib(machine.device_bytes)} on the device)"]
+    lines += [f"  in all: {totals}"]
+    if plan.cold_start:
+        lines += ["", f"Memory of one rank in the cold start ({gib(machine.device_bytes)} on the device)"]
+        lines += _columns([(p.name, gib(p.bytes), p.formula) for p in plan.cold_start])
+        lines += [f"  in all: {gib(plan.cold_start_bytes())}"]
+    lines += ["", f"Memory of one rank in the rounds ({gib(machine.device_bytes)} on the device)"]
     mark = "" if machine.kind == "cpu" else " on the host"
     lines += _columns([(p.name + (mark if p.place == "host" else ""), gib(p.bytes), p.formula) for p in plan.memory])
-    lines.append(
-        f"  in all: {gib(plan.device_bytes())}" + (f", host {gib(plan.host_bytes())}" if plan.host_bytes() else "")
-    )
+    host = f", host {gib(plan.host_bytes())}" if plan.host_bytes() else ""
+    lines += [f"  in all: {gib(plan.device_bytes())}{host}"]
     lines += ["", f"Disk under output_dir ({gib(plan.disk_free)} free)"]
     lines += _columns([(s.name, gib(s.bytes), s.formula) for s in plan.disk])
     lines.append(f"  in all: {gib(plan.disk_bytes())}")

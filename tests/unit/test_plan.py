@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from align import plan as plan_module
 from align.errors import InputError
 from align.machine import Machine
-from align.memory import batch_tokens, kv_bytes_per_token, layer_activation_bytes, memory_parts, state_parts
+from align.memory import (
+    batch_tokens,
+    cold_start_parts,
+    kv_bytes_per_token,
+    layer_activation_bytes,
+    memory_parts,
+    state_parts,
+)
 from align.model_shape import ModelShape, config_shape
 from align.plan import Plan, make_plan, render
 from align.prompts import PromptSet
@@ -65,7 +72,7 @@ def recipe(**blocks: Any) -> Recipe:
         "evaluation": {"prompts": 40, "samples_per_prompt": 4, "every": 2, "gold": {"kind": "answer", "name": "gold"}},
     }
     for name, keys in blocks.items():
-        base[name] = {**base[name], **keys} if isinstance(base[name], dict) else keys
+        base[name] = {**base[name], **keys} if isinstance(keys, dict) else keys
     return Recipe.model_validate(base)
 
 
@@ -276,6 +283,21 @@ def test_each_knob_makes_its_part_smaller(part: str, change: dict[str, Any]) -> 
     assert any(key in before.knob or "KV" in part for block in change.values() for key in block)
 
 
+def test_the_cold_start_trains_all_weights_in_float32_whatever_the_recipe_trains() -> None:
+    """A recipe with adapters in bf16 fits its rounds and not its cold start: 16 bytes a parameter, with DDP 20."""
+    config = LlamaConfig(**SMALL, num_attention_heads=4)
+    adapted = config_shape(config, "x", lora=Lora(r=2))
+    settings = recipe(policy={"lora": {"r": 2}, "dtype": "bfloat16"})
+    for ranks, each in ((1, 16), (2, 20)):
+        parts = cold_start_parts(settings, adapted, machine("cuda"), ranks=ranks, longest=16)
+        states = sum(p.bytes for p in parts if p.name in ("weights", "gradients", "optimizer"))
+        assert states == each * adapted.parameters
+    [logits] = [p for p in parts if p.name == "logits"]
+    assert logits.bytes == 256 * 500 * 4 * 3  # 16 of 32 rows a rank, 16 tokens each
+    without = recipe(cold_start=None, policy={"model": "x", "from_scratch": None})
+    assert cold_start_parts(without, adapted, machine(), ranks=1, longest=16) == ()
+
+
 def test_adapters_need_no_reference_and_little_optimizer() -> None:
     config = LlamaConfig(**SMALL, num_attention_heads=4)
     adapted = config_shape(config, "x", lora=Lora(r=2))
@@ -392,11 +414,15 @@ def test_a_full_disk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         tiny_plan()
 
 
-def test_memory_and_disk_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_that_cannot_fit_is_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "free_disk", lambda directory: 0)
     with pytest.raises(InputError) as refused:
         refuse_memory()
-    assert [line.split(":")[0] for line in str(refused.value).splitlines()] == ["memory", "disk"]
+    assert [line.split(":")[0] for line in str(refused.value).splitlines()] == [
+        "memory",
+        "memory of the cold start",
+        "disk",
+    ]
 
 
 def test_offloaded_state_is_held_against_main_memory(qwen: ModelShape) -> None:
@@ -405,5 +431,5 @@ def test_offloaded_state_is_held_against_main_memory(qwen: ModelShape) -> None:
     plan = make_plan(settings, prompts=prompt_set(), machine=machine("cuda", 80 * GIB, host=GIB))
     assert plan.host_bytes() == 16 * plan.policy.parameters
     tight = machine("cuda", 80 * GIB, host=10_000_000)
-    with pytest.raises(InputError, match=r"of main memory that each rank has here"):
+    with pytest.raises(InputError, match=r"main memory: the run needs .* that each rank has here"):
         make_plan(settings, prompts=prompt_set(), machine=tight)

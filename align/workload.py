@@ -1,0 +1,122 @@
+"""How much a recipe asks for: what each stage handles, and what lands on disk.  Upper bounds, without running it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from align.memory import DTYPE_BYTES
+from align.model_shape import ModelShape
+from align.recipe import Recipe
+from align.training.deepspeed_config import effective_stage
+
+ROW_BYTES = 400
+"""Ids, numbers and names of one sample with its score and pair, before compression."""
+VERDICT_BYTES = 60
+"""One verdict, before compression."""
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What is known of the prompts.
+
+    Example: PromptFacts(train=18_000, eval=2_000, longest=8, read=True)
+    """
+
+    train: int | None  # None where the source was not read
+    eval: int | None
+    longest: int  # tokens; an upper bound where the source was not read
+    read: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, in the order of the run, with what one turn of it handles at most.
+
+    Example: Stage("sample", times=3, counts={"prompts": 512, "samples": 4096, "tokens sampled": 65_536})
+    """
+
+    name: str
+    times: int
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Bytes that one kind of artifact takes on disk at most.
+
+    Example: Store("checkpoints", 41_000_000, "3 x (P 791,296 x 4 + T 791,296 x 8)", "training.keep_checkpoints")
+    """
+
+    name: str
+    bytes: int
+    formula: str
+    knob: str
+
+
+def plan_stages(recipe: Recipe, policy: ModelShape, facts: PromptFacts) -> tuple[Stage, ...]:
+    """The stages in order, with what each handles at most."""
+    from align.run import pairs_per_prompt
+
+    sampling, training, rounds = recipe.sampling, recipe.training, recipe.rounds
+    evaluation, gold = recipe.evaluation, int(recipe.evaluation.gold is not None)
+    response = sampling.max_new_tokens
+    samples = rounds.prompts_per_round * sampling.samples_per_prompt
+    held_out = min(evaluation.prompts, facts.eval) if facts.eval is not None else evaluation.prompts
+    eval_samples = held_out * evaluation.samples_per_prompt
+    evaluations = len({r for r in range(rounds.count) if r % evaluation.every == 0}) + 1
+    voters = len(recipe.verifiers)
+    pairs = rounds.prompts_per_round * pairs_per_prompt(recipe)
+    steps = training.epochs * math.ceil(pairs / training.pairs_per_step)
+    tokens = pairs * training.epochs * (facts.longest + 2 * response)
+    stages = []
+    start = recipe.cold_start
+    if start is not None:
+        seen = start.steps * start.batch_size
+        counts = {"examples": seen, "steps": start.steps, "tokens trained": seen * (facts.longest + response)}
+        stages.append(Stage("cold start", 1, counts))
+    measured = {
+        "prompts": held_out,
+        "samples": eval_samples,
+        "tokens sampled": eval_samples * response,
+        "verdicts": eval_samples * (voters + gold),
+    }
+    drawn = {"prompts": rounds.prompts_per_round, "samples": samples, "tokens sampled": samples * response}
+    return (
+        *stages,
+        Stage("evaluate", evaluations, measured),
+        Stage("sample", rounds.count, drawn),
+        Stage("verify", rounds.count, {"verdicts": samples * (voters + gold)}),
+        Stage("combine", rounds.count, {"scores": samples}),
+        Stage("pair", rounds.count, {"pairs": pairs}),
+        Stage("train", rounds.count, {"pairs": pairs * training.epochs, "steps": steps, "tokens trained": tokens}),
+        Stage(
+            "sync", rounds.count + 1, {"bytes to each sampler": policy.parameters * DTYPE_BYTES[recipe.policy.dtype]}
+        ),
+        Stage("export", 1, {}),
+    )
+
+
+def plan_disk(recipe: Recipe, policy: ModelShape, facts: PromptFacts, stages: tuple[Stage, ...]) -> tuple[Store, ...]:
+    """What lies in the run directory at its fullest: one checkpoint more than are kept, as the new one comes first."""
+    b = DTYPE_BYTES[recipe.policy.dtype]
+    p, t, training = policy.parameters, policy.trainable, recipe.training
+    state = 8 if effective_stage(training, recipe.policy.dtype) == 0 else 12
+    kept = min(training.keep_checkpoints + 1, recipe.rounds.count)
+    written = p if recipe.policy.lora is None else t  # frozen weights are not written again
+    stores = []
+    if recipe.policy.from_scratch is not None:
+        stores.append(Store("new model", p * 4, f"P {p:,} x 4", "policy.from_scratch"))
+    if recipe.cold_start is not None:
+        stores.append(Store("cold start", p * 4, f"P {p:,} x 4", "policy.model"))
+    formula = f"{kept} x (weights {written:,} x {b} + T {t:,} x {state})"
+    size = kept * (written * b + t * state)
+    stores.append(Store("checkpoints", size, formula, "training.keep_checkpoints or policy.lora"))
+    stores.append(Store("export", p * b, f"P {p:,} x {b}", "policy.model"))
+    samples = sum(s.times * s.counts.get("samples", 0) for s in stages)
+    verdicts = sum(s.times * s.counts.get("verdicts", 0) for s in stages)
+    per_sample = ROW_BYTES + 4 * facts.longest + 16 * recipe.sampling.max_new_tokens
+    size = samples * per_sample + verdicts * VERDICT_BYTES
+    formula = f"samples {samples:,} x {per_sample:,} + verdicts {verdicts:,} x {VERDICT_BYTES}, before compression"
+    stores.append(Store("artifacts", size, formula, "rounds, sampling.samples_per_prompt"))
+    return tuple(stores)

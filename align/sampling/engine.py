@@ -89,16 +89,8 @@ class Sampler:
         ]
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Natural log-probability of every token but the first, given those before it: per sequence [length - 1]."""
-        from vllm import SamplingParams
-
-        self.llm.reset_prefix_cache()
-        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = self.llm.generate([{"prompt_token_ids": list(s)} for s in sequences], parameters, use_tqdm=False)
-        return [
-            [step[token].logprob for token, step in zip(s[1:], o.prompt_logprobs[1:], strict=True)]
-            for s, o in zip(sequences, outputs, strict=True)
-        ]
+        """Log-probability of every token but the first, given those before it; a sequence must leave room for one."""
+        return prompt_logprobs(self.llm, sequences)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Replace the engine's weights, in checkpoint form and names; returns its parameters that nothing came for.
@@ -176,6 +168,20 @@ class Sampler:
             top_k=self._settings.top_k,
             max_new_tokens=self._settings.max_new_tokens,
         )
+
+
+def prompt_logprobs(llm: Any, sequences: Sequence[Sequence[int]], adapter: Any = None) -> list[list[float]]:
+    """An engine's natural log-probs of every token but the first: per sequence [length - 1]."""
+    from vllm import SamplingParams
+
+    llm.reset_prefix_cache()
+    parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    requests = [{"prompt_token_ids": list(s)} for s in sequences]
+    outputs = llm.generate(requests, parameters, use_tqdm=False, lora_request=adapter)
+    return [
+        [step[token].logprob for token, step in zip(s[1:], o.prompt_logprobs[1:], strict=True)]
+        for s, o in zip(sequences, outputs, strict=True)
+    ]
 
 
 def stop_ids(model_dir: Path, eos_token_id: int | None) -> list[int]:

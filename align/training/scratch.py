@@ -76,15 +76,15 @@ def model_config(shape: Scratch) -> Qwen3Config:
 def _write_model(directory: Path, shape: Scratch, seed: int) -> None:
     """Weights start at standard deviation 1/sqrt(width), not at transformers' 0.02, which is meant for large models.
 
-    With 0.02 a width of 128 took over twice the steps to learn three-digit addition (greedy accuracy after 800
-    steps of 128 noisy examples: 0.53 against 0.98).
+    Measured at width 128 on three-digit addition, 600 steps of 128 examples of which 65% are wrong: greedy accuracy
+    0.95 with 1/sqrt(128), 0.82 with 0.04; with 0.02 it took over 800 steps to reach 0.5 on fewer errors (55%).
     """
     import torch
     from transformers import GenerationConfig, Qwen3ForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(model_config(shape)).to(torch.float32)
+        model = Qwen3ForCausalLM(model_config(shape)).float()
     model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1)
     model.save_pretrained(directory)
 

@@ -98,10 +98,12 @@ def rank_environment(local_rank: int, ranks: int) -> dict[str, str]:
     chosen = {
         "TOKENIZERS_PARALLELISM": "false",  # the ranks are the parallelism
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # also those of transformers; the stages have their own
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are of servers and of speed
         "TRANSFORMERS_VERBOSITY": "error",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     forced = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if not uses_gpu():

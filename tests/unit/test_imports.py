@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "vllm", "deepspeed", "trl", "peft", "transformers", "datasets", "accelerate", "matplotlib")
 LIGHT = (
@@ -53,13 +51,3 @@ def test_import_align_pulls_only_the_standard_library() -> None:
         "print({m.split('.')[0] for m in set(sys.modules) - before} - sys.stdlib_module_names - {'align'})"
     )
     assert done.stdout == "set()\n", done.stderr
-
-
-@pytest.mark.parametrize("folder", ["align", "reward_models"])
-def test_nothing_runs_code_out_of_files(folder: str) -> None:
-    """Pickle and remote code: the words must not occur but in messages and comments that refuse them."""
-    for file in (ROOT / folder).rglob("*.py"):
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            code = line.split("#")[0]
-            for word in ("pickle.load", "trust_remote_code=True", "weights_only=False", "yaml.load(", "shell=True"):
-                assert word not in code, f"{file}:{number}: {word}"

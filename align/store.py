@@ -108,7 +108,7 @@ class RunStore:
         return self._round(round_index).shard_done(stage, index)
 
     def commit_shard(self, round_index: int, stage: str, index: int, rows: Sequence[Record]) -> None:
-        """Commit one shard's rows; any one rank.  ValueError where that shard is committed already."""
+        """Commit one shard's rows; any one rank.  ValueError where that shard is committed with other rows."""
         self._round(round_index).commit_shard(stage, index, rows)
 
     def commit_stage(self, round_index: int, stage: str, shards: int) -> None:

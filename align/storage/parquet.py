@@ -138,7 +138,6 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
         return column.to_pylist()
     rows: list[Any] = []
     for chunk in column.chunks:
-        flat = chunk.values.to_numpy().tolist()
-        ends = chunk.offsets.to_numpy().tolist()
-        rows.extend(tuple(flat[start:end]) for start, end in zip(ends, ends[1:], strict=False))
+        flat, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+        rows.extend(tuple(flat[start:end].tolist()) for start, end in zip(ends, ends[1:], strict=False))
     return rows

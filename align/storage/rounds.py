@@ -6,6 +6,7 @@ shard is pending and is made again under the same name.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,15 +66,20 @@ class RoundFiles:
         return entry is not None and mismatch(self.directory / _file(stage, index), _record(entry)) is None
 
     def commit_shard(self, stage: str, index: int, rows: Sequence[parquet.Record]) -> None:
-        """Write the rows, then the ledger entry that makes them count."""
-        if self.shard_done(stage, index):
-            raise ValueError(f"{self.directory / _file(stage, index)} is committed already")
-        make_directory(self.directory)
+        """Write the rows, then the ledger entry that makes them count.
+
+        The same rows again are no change; others under the name of a committed shard are refused.
+        """
         path = self.directory / _file(stage, index)
         try:
             data = parquet.encode(STAGES[stage], rows)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        if self.shard_done(stage, index):
+            if mismatch(path, FileRecord(len(data), hashlib.sha256(data).hexdigest())):
+                raise ValueError(f"{path} is committed already and holds other rows")
+            return
+        make_directory(self.directory)
         record = write_file(path, data, "store.shard")
         entry = {"file": path.name, "rows": len(rows), **record._asdict()}
         write_file(path.with_suffix(".json"), seal(entry), "store.ledger")

@@ -21,5 +21,5 @@ def memory_path(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
         return
     path = Path(tempfile.mkdtemp(dir=memory))
-    yield path
+    yield path / "here"
     shutil.rmtree(path, ignore_errors=True)

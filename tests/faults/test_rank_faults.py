@@ -63,7 +63,7 @@ def test_one_rank_killed(point: str, rank: int, runs: Runs, whole: dict, memory_
     answer = runs.go(memory_path, ranks=2, environment={"ALIGN_FAULT": f"{point}@{rank}"})
     assert answer["status"][rank] == -signal.SIGKILL
     assert answer["status"][1 - rank] == 1, answer["output"]
-    assert answer["seconds"] < 10
+    assert answer["seconds"] < 15
     assert f"rank {1 - rank} waited for the other ranks at" in answer["output"][1 - rank]
     assert f"rank {rank} is gone" in answer["output"][1 - rank]
     for directory in committed(memory_path / "small"):
@@ -88,7 +88,7 @@ def test_a_full_disk_on_one_rank_stops_both_with_one_message(
     point: str, runs: Runs, whole: dict, memory_path: Path
 ) -> None:
     answer = runs.go(memory_path, ranks=2, environment={"ALIGN_FAULT": f"{point}@1=ENOSPC"})
-    assert answer["status"] == [1, 1] and answer["seconds"] < 10
+    assert answer["status"] == [1, 1] and answer["seconds"] < 15
     for output in answer["output"]:
         assert "rank 1: " in output and "No space left on device" in output and "free" in output
     finish(runs, memory_path, whole)
@@ -96,10 +96,10 @@ def test_a_full_disk_on_one_rank_stops_both_with_one_message(
 
 def test_a_rank_that_hangs_is_waited_for_until_the_deadline(runs: Runs, whole: dict, memory_path: Path) -> None:
     answer = runs.go(
-        memory_path, ranks=2, deadline_s=2.0, environment={"ALIGN_FAULT": "store.shard.before_open@1=stop"}
+        memory_path, ranks=2, deadline_s=5.0, environment={"ALIGN_FAULT": "store.shard.before_open@1=stop"}
     )
     assert answer["status"] == [1, -signal.SIGKILL]
-    assert "rank 1 did not come within 2 s (last seen at 'commit scratch')" in answer["output"][0]
+    assert "rank 1 did not come within 5 s (last seen at 'commit scratch')" in answer["output"][0]
     finish(runs, memory_path, whole)
 
 

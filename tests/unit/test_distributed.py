@@ -68,7 +68,7 @@ def test_a_dead_rank_is_named(outcomes: dict[str, list]) -> None:
 
 def test_a_wait_has_a_deadline(outcomes: dict[str, list]) -> None:
     assert outcomes["too_slow"] == [
-        "RanksFailed: rank 0 waited for the other ranks at 'end of round': rank 1 did not come within 1 s "
+        "RanksFailed: rank 0 waited for the other ranks at 'end of round': rank 1 did not come within 4 s "
         "(last seen at 'start'). Run it again.",
         "slept",
     ]

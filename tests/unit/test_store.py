@@ -87,7 +87,8 @@ def test_a_stage_may_be_empty(store: RunStore) -> None:
 
 def test_nothing_committed_is_overwritten(store: RunStore) -> None:
     commit_scores(store)
-    with pytest.raises(ValueError, match=r"scores-00000.parquet is committed already"):
+    store.commit_shard(0, "scores", 0, scores("a", "b"))  # the same rows again are no change
+    with pytest.raises(ValueError, match=r"scores-00000.parquet is committed already and holds other rows"):
         store.commit_shard(0, "scores", 0, scores("z"))
     with pytest.raises(ValueError, match="scores is committed already"):
         store.commit_stage(0, "scores", 2)

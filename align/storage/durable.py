@@ -153,7 +153,7 @@ def hash_file(path: Path, from_disk: bool = False) -> FileRecord:
     size = 0
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     with os.fdopen(handle, "rb", buffering=0) as file:
-        if from_disk:
+        if from_disk and hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(_CHUNK):
             digest.update(chunk)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from align.errors import RunError
+from align.model_files import tensor_names
 from align.recipe import Recipe
 from align.sampling import environment
 from align.sampling.engine import prompt_logprobs, stop_ids
@@ -137,7 +138,12 @@ def _by_vllm(directory: Path, recipe: Recipe, probes: Sequence[Probe], world_siz
         from vllm.lora.request import LoRARequest
 
         assert recipe.policy.lora is not None
-        settings |= {"enable_lora": True, "max_lora_rank": _lora_rank_slot(recipe.policy.lora.r)}
+        settings |= {
+            "enable_lora": True,
+            "max_lora_rank": _lora_rank_slot(recipe.policy.lora.r),
+            # vLLM would wrap the head as well, and its wrapped head fails on prompt log-probs (0.32, CPU).
+            "lora_target_modules": _adapted_modules(directory),
+        }
         request = LoRARequest("export", 1, str(directory))
     llm = environment.make_llm(model_dir, config, settings, _ENGINE, world_size=world_size)
     try:
@@ -150,6 +156,14 @@ def _by_vllm(directory: Path, recipe: Recipe, probes: Sequence[Probe], world_siz
 def _lora_rank_slot(rank: int) -> int:
     """vLLM reserves adapters of these ranks only."""
     return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
+
+
+def _adapted_modules(directory: Path) -> list[str]:
+    """Last names of the modules that an adapter changes, such as `q_proj`.
+
+    Example of a tensor's name: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+    """
+    return sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensor_names(directory)})
 
 
 @contextmanager

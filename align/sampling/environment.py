@@ -132,8 +132,9 @@ def _keep_process_groups() -> None:
 def device_defaults(config: Mapping[str, Any], dtype: str, max_model_len: int | None) -> dict[str, Any]:
     """Settings that depend on where the engine runs.
 
-    On CPU: no graph compilation (it takes longer than the small models take to sample) and a KV cache for 256
-    sequences, or a quarter of what memory is free, instead of nearly all of it.
+    On CPU: no graph compilation (it takes longer than the small models take to sample); a KV cache for 256 sequences,
+    or a quarter of what memory is free, instead of nearly all of it; and no prompt computed in parts, because vLLM then
+    winds a seeded request's generator back, which a CPU generator cannot.
     """
     import torch
 
@@ -142,7 +143,7 @@ def device_defaults(config: Mapping[str, Any], dtype: str, max_model_len: int | 
     longest = max_model_len or context_length(config) or 2048
     free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     size = cpu_cache_bytes(longest, kv_bytes_per_token(config, dtype), free)
-    return {"enforce_eager": True, "kv_cache_memory_bytes": size}
+    return {"enforce_eager": True, "kv_cache_memory_bytes": size, "enable_chunked_prefill": False}
 
 
 def cpu_cache_bytes(longest: int, bytes_per_token: int, free: int) -> int:
@@ -207,6 +208,8 @@ def _spare_cpu_compilers(config: Mapping[str, Any]) -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     for name in config.get("architectures") or ():
+        # A classifier that vLLM has no class for is run as the causal model under another head.
+        name = name if name in ModelRegistry.models else name.replace("ForSequenceClassification", "ForCausalLM")
         known: Any = ModelRegistry.models.get(name)
         if hasattr(known, "module_name"):  # not imported yet
             ModelRegistry.register_model(name, known.load_model_cls())

@@ -180,6 +180,8 @@ class RewardModelSpec(VerifierBlock):
     """Commit of a hub model."""
     chat_template: bool = False
     """Render prompt and response with the reward model's chat template; otherwise prompt and response are joined."""
+    append_eos: bool = False
+    """End a joined input with the reward model's end-of-sequence token, as TRL does in training; not for a template."""
     max_tokens: int | None = None
     """Longest input; a longer one gets none, it is never cut."""
     engine: dict[str, Any] = {}

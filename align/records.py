@@ -115,4 +115,4 @@ class Pair:
     def label(self) -> float:
         """P(chosen better | not a tie), the soft label of the loss; 0.5 where a tie is certain."""
         decided = 1.0 - self.p_tie
-        return self.p_win / decided if decided > 0 else 0.5
+        return min(1.0, self.p_win / decided) if decided > 0 else 0.5  # rounding can exceed 1

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from align.evaluation.overoptimisation import proxy_gold_gap
 from align.progress import say
 from align.recipe import Recipe
 from align.records import Verdict
@@ -40,6 +42,7 @@ def build_summary(recipe: Recipe, store: RunStore, status: str, seconds: Mapping
         "evaluation": {"before": evaluated[0][1], "after": evaluated[-1][1]} if evaluated else {},
         "verifiers": ensembles[-1]["verifiers"] if ensembles else {},
         "ensemble": [r["ensemble"] and _without(r["ensemble"], "verifiers") for r in rounds[:-1]],
+        "overoptimisation": asdict(proxy_gold_gap([e for _, e in evaluated])) if len(evaluated) > 1 else None,
         "history": [{"round": i, **{k: v["value"] for k, v in e.items()}} for i, e in evaluated],
         "sync": [r["sync"] for r in rounds if r["sync"]],
         "pairing": [r["pairing"] for r in rounds if r["pairing"]],
@@ -95,11 +98,20 @@ def verifier_rows(estimates: Sequence[Any], verdicts: Sequence[Verdict]) -> dict
 
 def render_evaluation(metrics: Mapping[str, Any]) -> str:
     """The leading metrics of one evaluation on one line."""
-    leading = [k for k in metrics if not k.startswith("verifier/")]
-    return ", ".join(f"{k} {_interval(metrics[k])}" for k in leading)
+    leading = [name for name in _in_order(metrics) if not name.startswith(("verifier/", "coverage/", "gold_coverage"))]
+    return ", ".join(f"{name} {_interval(metrics[name])}" for name in leading)
 
 
-def _interval(estimate: Mapping[str, float]) -> str:
+def _in_order(metrics: Mapping[str, Any]) -> list[str]:
+    """Metric names as a person looks for them: gold first, verifiers last; full coverage is no news."""
+    kinds = ("accuracy", "pass@", "gold/", "kl", "entropy", "length", "truncated", "verifier/", "coverage/", "gold_")
+    news = [n for n in metrics if not ("coverage" in n and metrics[n]["value"] == 1.0)]
+    return sorted(news, key=lambda n: (next((i for i, k in enumerate(kinds) if n.startswith(k)), len(kinds)), n))
+
+
+def _interval(estimate: Mapping[str, float] | None) -> str:
+    if estimate is None:  # nothing was measured for this metric
+        return "-"
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
@@ -108,8 +120,10 @@ def render_report(summary: Mapping[str, Any], root: Path) -> None:
     before, after = summary["evaluation"]["before"], summary["evaluation"]["after"]
     say("")
     say(f"{'metric':<28}{'before':>26}{'after':>26}")
-    for name in after:
-        say(f"{name:<28}{_interval(before[name]):>26}{_interval(after[name]):>26}")
+    for name in _in_order(after):
+        say(f"{name:<28}{_interval(before.get(name)):>26}{_interval(after[name]):>26}")
+    for warning in (summary["overoptimisation"] or {}).get("warnings", ()):
+        say(f"warning: {warning}")
     on_gold = next((e["on_gold"] for e in summary["ensemble"] if e and e.get("on_gold")), None)
     if on_gold:
         say("")

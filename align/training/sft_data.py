@@ -36,13 +36,15 @@ def prepare(
     if settings.source == "prompts":
         examples, wrong = _written(recipe, prompt_set, tokenizer)
         return examples, {"examples": len(examples), "wrong_examples": wrong, "too_long": 0}
+    if settings.error_rate > 0:
+        raise InputError("cold_start.error_rate: only written solutions (source: prompts) can be made wrong; remove it")
     examples, too_long = _from_file(recipe, prompt_set, tokenizer, _context(model_dir))
     return examples, {"examples": len(examples), "wrong_examples": 0, "too_long": too_long}
 
 
 def _written(
     recipe: Recipe, prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], int]:  # fmt: skip
+) -> tuple[list[Example], int]:
     """Solutions to the training prompts, in turn, `error_rate` of them wrong; and how many are wrong.
 
     No more are written than the steps will read.  Past the number of prompts each gets another solution, right or

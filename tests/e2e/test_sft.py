@@ -253,7 +253,7 @@ def from_file(model_dir: Path, tmp_path: Path) -> Callable[..., Any]:
     def from_file(rows: list[dict[str, Any]], **prompts: Any) -> tuple[list[Example], dict[str, int]]:
         path = tmp_path / "sft.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return examples_of(recipe_of({"source": str(path)}, prompts=prompts), model_dir)
+        return examples_of(recipe_of({"source": str(path), "error_rate": 0.0}, prompts=prompts), model_dir)
 
     return from_file
 
@@ -283,6 +283,11 @@ def test_bad_rows_of_a_file_are_refused(from_file: Callable[..., Any], model_dir
     examples, counts = from_file([*good, {"prompt": "1" * 60, "response": "2222"}], max_dropped_fraction=0.25)
     assert len(examples) == 3 and counts["too_long"] == 1
     assert len(from_file([*good, {"prompt": "1" * 60, "response": "222"}])[0]) == 4, "exactly the context"
+
+
+def test_an_error_rate_needs_written_solutions(model_dir: Path) -> None:
+    with pytest.raises(InputError, match="cold_start.error_rate: only written solutions"):
+        examples_of(recipe_of({"source": "some.jsonl"}), model_dir)
 
 
 def test_a_loss_that_is_no_number_stops_the_cold_start(model_dir: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def run_loop(run: Run) -> None:
     if run.store.finished:
         run.say(f"{run.store.root} is finished; nothing to do. A changed recipe needs another `name`.")
         return
+    run.plan()
     rounds = run.recipe.rounds.count
     for round_index in range(run.version, rounds):
         if round_index % run.recipe.evaluation.every == 0:

@@ -33,7 +33,7 @@ class Prompt:
     """
 
     id: str  # content_id of the rendered text
-    text: str  # rendered: after the chat template, exactly what token_ids decode to
+    text: str  # rendered, after the chat template; without special tokens that only the tokenizer adds
     token_ids: tuple[int, ...]
     answer: str | None  # reference answer for verifiers that take one; never shown to the policy
     split: str  # "train" or "eval"

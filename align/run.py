@@ -22,6 +22,7 @@ from align.progress import say
 from align.prompts import PromptSet, load_prompts, round_prompts
 from align.recipe import Recipe
 from align.records import Prompt, Sample
+from align.sampling.environment import context_length
 from align.store import RunStore
 from align.summary import build_summary, render_evaluation, render_report, verifier_rows
 from align.verifiers import registry
@@ -89,6 +90,16 @@ class Run:
             self.write_summary("failed")
         self.store.close()
 
+    def plan(self) -> None:
+        """Work out what the run will take and keep it as plan.json; refuses what cannot fit, before anything loads."""
+        from align.plan import make_plan
+
+        prompts = self.prompts()
+        with self.timed("plan"), self.ranks.stage("plan"):
+            if self.ranks.rank == 0 and self.store.read_json(None, "plan") is None:
+                plan = make_plan(self.recipe, self.ranks.world_size, prompts=prompts)
+                self.store.commit_json(None, "plan", plan.to_json())
+
     # ---- the parts -----------------------------------------------------------------------------------------
 
     @property
@@ -137,8 +148,9 @@ class Run:
 
             policy = self.recipe.policy
             path = resolve_model(policy.model, policy.revision) if policy.model is not None else self._scratch_dir()
+            context = context_length(check_model_dir(path))
             with self.timed("prompts"):
-                found = load_prompts(self.recipe, AutoTokenizer.from_pretrained(path), context_length(path))
+                found = load_prompts(self.recipe, AutoTokenizer.from_pretrained(path), context)
             self.store.pin("prompts", {"digest": found.digest, **found.report})
             self.say(f"prompts: {', '.join(f'{v} {k}' for k, v in found.report.items())}")
             self._prompts = found
@@ -146,9 +158,7 @@ class Run:
 
     def round_prompts(self, round_index: int) -> Sequence[Prompt]:
         """The training prompts of a round."""
-        return round_prompts(
-            self.prompts().train, round_index, self.recipe.rounds.prompts_per_round, self.recipe.seed
-        )
+        return round_prompts(self.prompts().train, round_index, self.recipe.rounds.prompts_per_round, self.recipe.seed)
 
     def eval_prompts(self) -> Sequence[Prompt]:
         """The held-out prompts that every evaluation uses, chosen by the seed."""
@@ -211,7 +221,7 @@ class Run:
         found = [(p.token_ids[:1], p.token_ids[1:]) for p in prompts if len(p.token_ids) > 1]
         policy = self.policy()
         vocabulary = policy.vocabulary_size
-        length = min(PROBE_TOKENS, vocabulary, (context_length(self.model_dir()) or PROBE_TOKENS) - 1)
+        length = min(PROBE_TOKENS, vocabulary, (context_length(check_model_dir(self.model_dir())) or PROBE_TOKENS) - 1)
         stride = next(s for s in range(vocabulary // length or 1, vocabulary + 1) if math.gcd(s, vocabulary) == 1)
         walk = tuple(i * stride % vocabulary for i in range(length))
         return [*found, (walk[:1], walk[1:])]
@@ -324,9 +334,12 @@ class Run:
             self.store.write_summary(build_summary(self.recipe, self.store, status, self._seconds))
 
     def report(self) -> None:
-        """The closing table, rank 0 only."""
+        """The closing table and the learning curve, rank 0 only."""
+        from align.curve import learning_curve
+
         if self.ranks.rank == 0:
             render_report(self.kept(None, "summary"), self.store.root)
+            self.say(f"learning curve: {learning_curve(self.store.root)}")
 
     def model_card(self) -> str:
         """The export's README.md."""
@@ -341,11 +354,3 @@ def pairs_per_prompt(recipe: Recipe) -> int:
     n, pairs = recipe.sampling.samples_per_prompt, recipe.pairs
     most = {"best_worst": 1, "all_margin": n * (n - 1) // 2, "top_bottom": min(pairs.k, n // 2) ** 2}[pairs.builder]
     return min(most, pairs.max_per_prompt or most)
-
-
-def context_length(model_dir: Path) -> int | None:
-    """Longest sequence the model takes, from config.json; None where it does not say."""
-    import json
-
-    config = json.loads((model_dir / "config.json").read_text())
-    return config.get("max_position_embeddings")

@@ -99,9 +99,7 @@ def score(run: Run, round_index: int) -> None:
     run.store.commit_stage(round_index, "scores", 1)
 
 
-def _verify_shards(
-    run: Run, round_index: int, source: str, stage: str, prompts: dict[str, Prompt]
-) -> None:
+def _verify_shards(run: Run, round_index: int, source: str, stage: str, prompts: dict[str, Prompt]) -> None:
     """Verify the shards of `source` whose verdicts are not committed yet."""
     store, ranks = run.store, run.ranks
     if store.stage_done(round_index, stage):

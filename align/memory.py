@@ -28,6 +28,10 @@ LOGIT_COPIES = 3
 their normaliser, and the probabilities.  Training holds fewer: its backward pass works in place."""
 REDUCE_BUCKET = 500_000_000
 """Numbers in DeepSpeed's communication buffer where `training.deepspeed` does not say."""
+LIVE_PARAMETERS = 1_000_000_000
+"""Whole parameters that ZeRO-3 keeps at once where `training.deepspeed` does not say."""
+SLACK = 5
+"""The heap of a CPU process keeps about a fifth of what comes and goes."""
 TOKENS = "training.tokens_per_batch"
 LIBRARIES = {"cpu": 1_200 * 2**20, "cuda": 600 * 2**20}
 """What a rank takes before it holds a model: on a CPU the interpreter with torch, vLLM and DeepSpeed (measured: see
@@ -70,6 +74,9 @@ def memory_parts(
         _logits(recipe, policy, b, tokens),
         _activations(recipe, policy, b, tokens),
         _mask(b, tokens, row, machine),
+    ]
+    parts += [
+        _slack(parts, machine),
         *_engine(recipe.sampling.engine, policy, b, machine, name="sampler", key="sampling.engine", longest=context),
     ]
     for spec, shape in rewards:
@@ -120,8 +127,7 @@ def state_parts(training: Training, policy: ModelShape, dtype: str, ranks: int) 
 
     Half precision: gradients in b and again in fp32 where they are accumulated; Adam keeps an fp32 master copy and two
     moments, 12 bytes.  In fp32 without ZeRO the weights are the master copy.  ZeRO-1 divides optimizer state by N,
-    ZeRO-2 also gradients, ZeRO-3 also weights, and gathers one module at a time (4 bytes per parameter: weight and
-    gradient).
+    ZeRO-2 also gradients, ZeRO-3 also weights, which it gathers where they are used.
     """
     p, t, n, b = policy.parameters, policy.trainable, ranks, DTYPE_BYTES[dtype]
     stage = effective_stage(training, dtype)
@@ -159,9 +165,20 @@ def state_parts(training: Training, policy: ModelShape, dtype: str, ranks: int) 
         ),
     ]
     if stage == 3:
-        formula = f"largest module {policy.largest_module:,} x 4"
-        parts.append(Part("gathered module", "device", policy.largest_module * 4, formula, "a smaller policy.model"))
+        parts.append(_gathered(training, policy, b))
     return parts
+
+
+def _gathered(training: Training, policy: ModelShape, b: int) -> Part:
+    """Weights that ZeRO-3 holds whole: a module's at least, with its gradient, and up to `stage3_max_live_parameters`
+    that it keeps for the backward pass.  DeepSpeed's estimator counts the first only."""
+    zero = training.deepspeed.get("zero_optimization", {})
+    limit = int(zero.get("stage3_max_live_parameters", zero.get("max_live_parameters", LIVE_PARAMETERS)))
+    kept = min(policy.parameters, limit)
+    size = max(kept * b, policy.largest_module * 4)
+    formula = f"the larger of {kept:,} kept x {b} and largest module {policy.largest_module:,} x 4"
+    knob = "training.deepspeed: {zero_optimization: {stage3_max_live_parameters: …}}"
+    return Part("gathered weights", "device", size, formula, knob)
 
 
 def _bucket(training: Training, policy: ModelShape, dtype: str, machine: Machine) -> Part:
@@ -213,19 +230,27 @@ def _logits(recipe: Recipe, policy: ModelShape, b: int, tokens: int) -> Part:
 
 
 def _activations(recipe: Recipe, policy: ModelShape, b: int, tokens: int) -> Part:
-    """What autograd keeps of one forward pass; with checkpointing each layer's input and one layer's worth."""
+    """What autograd keeps of one forward pass, and the gradients inside the layer that backward is in.
+
+    With checkpointing only each layer's input is kept, and one layer is computed again at a time.
+    """
     layer = layer_activation_bytes(policy, b)
-    last_norm = policy.hidden * (4 + 2 * b)
+    rest = policy.hidden * (4 + 2 * b) + 2 * (policy.ffn + policy.hidden) * b  # the last norm; a layer's gradients
     if recipe.training.gradient_checkpointing:
-        total = tokens * (policy.layers * policy.hidden * b + layer + last_norm)
-        inputs = f"layers {policy.layers} x width {policy.hidden} x {b}"
-        formula = f"estimate: tokens {tokens:,} x ({inputs} + one layer {layer:,} + last norm {last_norm:,})"
-        knob = TOKENS
+        kept, knob = policy.layers * policy.hidden * b + layer, TOKENS
+        spelled = f"layers {policy.layers} x width {policy.hidden} x {b} + one layer {layer:,}"
     else:
-        total = tokens * (policy.layers * layer + last_norm)
-        formula = f"estimate: tokens {tokens:,} x (layers {policy.layers} x {layer:,} bytes + last norm {last_norm:,})"
-        knob = "training.gradient_checkpointing: true, or training.tokens_per_batch"
-    return Part("activations", "device", total, formula, knob)
+        kept, knob = policy.layers * layer, f"training.gradient_checkpointing: true, or {TOKENS}"
+        spelled = f"layers {policy.layers} x {layer:,}"
+    formula = f"estimate: tokens {tokens:,} x ({spelled} + last norm and a layer's gradients {rest:,})"
+    return Part("activations", "device", tokens * (kept + rest), formula, knob)
+
+
+def _slack(parts: Sequence[Part], machine: Machine) -> Part:
+    """A CPU's allocator keeps what was freed: measured beside the parts that come and go."""
+    moving = sum(p.bytes for p in parts if p.name in ("activations", "attention mask", "logits"))
+    size = moving // SLACK if machine.kind == "cpu" else 0
+    return Part("heap slack", "device", size, f"estimate: a {SLACK}th of {moving:,} bytes that come and go", TOKENS)
 
 
 def _mask(b: int, tokens: int, row: int, machine: Machine) -> Part:

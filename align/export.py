@@ -31,16 +31,16 @@ _ENGINE = "the check of the export"  # where messages say that an engine setting
 
 
 def export(
-    policy: PolicyEngine, store: RunStore, recipe: Recipe, *, card: str, probes: Sequence[Probe]
+    policy: PolicyEngine, store: RunStore, recipe: Recipe, *, card: str, probes: Sequence[Probe], name: str = NAME
 ) -> dict[str, Any]:
-    """Commit the policy as `export/` with `card` as its README.md; returns how well the reloaded copies agree.
+    """Commit the policy as `<name>/` with `card` as its README.md; returns how well the reloaded copies agree.
 
     Collective.  Raises RunError, and leaves no directory, where a copy's log-probs on `probes` differ from the trained
     policy's by more than `export.tolerance` nats on average.
     """
     limit = recipe.export.tolerance or TOLERANCES[recipe.policy.dtype]
     report: dict[str, Any] = {"lora": recipe.export.lora if recipe.policy.lora else None, "tolerance": limit}
-    with store.commit_directory(NAME) as directory:
+    with store.commit_directory(name) as directory:
         trained = np.concatenate(policy.token_logprobs(probes).logprobs)
         with _timed(report, "write"):
             policy.save_pretrained(directory, recipe.export.lora)

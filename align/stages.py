@@ -236,15 +236,21 @@ def evaluate(run: Run, version: int) -> None:
 
 
 def export(run: Run) -> None:
-    """Write the Hugging Face checkpoint, load it again in transformers and vLLM, and compare before committing."""
+    """Write the Hugging Face checkpoint, load it again in transformers and vLLM, and compare before committing.
+
+    The policy after the last round goes to `export/`; an earlier one, asked for by the verb, to `export-<version>/`.
+    """
     from align.export import export as write_export
 
-    if run.store.verify_directory("export") is not None:
-        return
-    with run.timed("export"):
-        report = write_export(run.policy(), run.store, run.recipe, card=run.model_card(), probes=run.probes())
-    run.keep(None, "export_report", report)
-    run.say(f"exported to {run.store.root / 'export'}")
+    final = run.version == run.recipe.rounds.count
+    name = "export" if final else f"export-{run.version:05d}"
+    if run.store.verify_directory(name) is None:
+        with run.timed("export"):
+            report = write_export(
+                run.policy(), run.store, run.recipe, name=name, card=run.model_card(), probes=run.probes()
+            )
+        run.keep(None, f"{name}_report", report)
+    run.say(f"exported to {run.store.root / name}")
 
 
 def _shards(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:

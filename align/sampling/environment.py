@@ -172,7 +172,7 @@ def sheltered() -> Iterator[None]:
     import torch
 
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     try:
         with warnings.catch_warnings():
@@ -187,8 +187,8 @@ def sheltered() -> Iterator[None]:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
 
 
 def _spare_cpu_compilers(config: Mapping[str, Any]) -> None:

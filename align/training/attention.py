@@ -9,7 +9,9 @@ Legend: R rows, S positions of a row, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 from align.training.groups import PADDING, PackedBatch
 
 ATTENTION = "align_packed"  # the name under which transformers finds `packed_attention`
+
+LONGEST_BLOCK = 128  # queries computed together where rows have no common structure
 
 _compiled_flex: Callable[..., Any] | None = None
 
@@ -44,14 +48,68 @@ def dense_mask(batch: PackedBatch) -> Tensor:
     return visibility(batch)(row, torch.zeros_like(row), place[None, :, None], place[None, None, :])[:, None]
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Neighbouring queries that are computed together, and the key ranges that any of them sees in any row."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: Tensor | None  # [R, 1, queries, keys] additive; None where query i sees exactly the keys 0 … i in every row
+
+
+def cut_into_blocks(
+    seen: Tensor, starts: Sequence[int], dtype: torch.dtype, longest: int = LONGEST_BLOCK
+) -> list[Block]:
+    """What of the mask `seen` [R, S, S] has to be computed at all, for a kernel that knows no sparse masks.
+
+    Queries are cut at `starts`, the places where every row begins a new segment, and then every `longest`.  Keys that
+    no query of a block sees in any row are left out: those that come later, and other responses where rows agree.
+    """
+    width = seen.shape[1]
+    anywhere = seen.any(0)  # [S, S]
+    edges = sorted({0, width, *starts})
+    if not starts:
+        edges = [*range(0, width, longest), width]
+    causal = torch.ones(width, width, dtype=torch.bool, device=seen.device).tril()
+    nothing = torch.zeros((), dtype=dtype, device=seen.device)
+    blocks = []
+    for begin, end in itertools.pairwise(edges):
+        if begin == 0 and bool((seen[:, :end, :end] == causal[:end, :end]).all()):
+            blocks.append(Block(slice(0, end), (slice(0, end),), None))
+            continue
+        keys = _ranges(anywhere[begin:end].any(0))
+        mask = torch.cat([seen[:, None, begin:end, k] for k in keys], dim=-1)
+        blocks.append(Block(slice(begin, end), keys, nothing.masked_fill(~mask, float("-inf"))))
+    return blocks
+
+
+def _ranges(wanted: Tensor) -> tuple[slice, ...]:
+    """The runs of true values."""
+    places = wanted.nonzero().flatten().tolist()
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][1]:
+            runs[-1][1] = place + 1
+        else:
+            runs.append([place, place + 1])
+    return tuple(slice(a, b) for a, b in runs)
+
+
+def common_starts(batch: PackedBatch) -> list[int]:
+    """Positions where every row begins a prompt, a response or its padding."""
+    segment = batch.group_of * (1 + int(batch.response_of.max())) + batch.response_of
+    begins = (segment[:, 1:] != segment[:, :-1]).all(0)
+    return (begins.nonzero().flatten() + 1).tolist()
+
+
 def build_mask(batch: PackedBatch, dtype: torch.dtype) -> Any:
-    """The mask for `packed_attention`: additive [R, 1, S, S] on CPU, made once for all layers; a BlockMask on GPU."""
+    """The rule made ready for `packed_attention`, once for all layers: Blocks on CPU, a BlockMask on GPU."""
     if batch.input_ids.device.type == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask
 
         rows, width = batch.input_ids.shape
         return create_block_mask(visibility(batch), rows, None, width, width, device=str(batch.input_ids.device))
-    return torch.zeros((), dtype=dtype).masked_fill(~dense_mask(batch), float("-inf"))
+    return cut_into_blocks(dense_mask(batch)[:, 0], common_starts(batch), dtype)
 
 
 def packed_attention(
@@ -59,21 +117,38 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    packed_mask: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of transformers' signature, [R, H, S, d] in and [R, S, H, d] out, without copying grouped key heads."""
-    assert attention_mask is not None, "packed attention needs the mask of its rows"
+    assert packed_mask is not None, "packed attention needs the mask of its rows"
     grouped = query.shape[1] != key.shape[1]
-    if isinstance(attention_mask, Tensor):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+    if not isinstance(packed_mask, list):
+        out = _flex()(query, key, value, block_mask=packed_mask, scale=scaling, enable_gqa=grouped)
+        return out.transpose(1, 2).contiguous(), None
+    parts = []
+    for block in packed_mask:
+        part = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, block.queries],
+            _take(key, block.keys),
+            _take(value, block.keys),
+            attn_mask=block.mask,
+            is_causal=block.mask is None,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=grouped,
         )
-    else:
-        out = _flex()(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2).contiguous(), None
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, dim=1), None
+
+
+def _take(tensor: Tensor, ranges: tuple[slice, ...]) -> Tensor:
+    """The keys of some ranges; a view where there is one range."""
+    parts = [tensor[:, :, r] for r in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _flex() -> Callable[..., Any]:

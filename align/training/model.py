@@ -32,11 +32,10 @@ class PolicyNetwork(nn.Module):
 
     def forward(self, batch: PackedBatch, chunk: int, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """[N] float32 log-probabilities and, where asked for, [N] entropies."""
-        dtype = self.network.dtype
         hidden = self.network.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            attention_mask=attention.build_mask(batch, dtype),
+            packed_mask=attention.build_mask(batch, self.network.dtype),
             use_cache=False,
         ).last_hidden_state
         before_responses = hidden.flatten(0, 1).index_select(0, batch.read_from)
@@ -98,6 +97,8 @@ def _refuse_unsupported(network: Any, model_dir: Path) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         raise InputError(f"{model_dir}: only full attention is supported, and layers of this model use {sorted(kinds)}")
+    if not network._supports_attention_backend:
+        raise InputError(f"{model_dir}: {type(network).__name__} has its own attention, which cannot read packed rows")
     if network.get_output_embeddings() is None:
         raise InputError(f"{model_dir}: not a causal language model: it has no output head")
 

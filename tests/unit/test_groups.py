@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.training.attention import build_mask, dense_mask
+from align.training.attention import common_starts, cut_into_blocks, dense_mask, packed_attention
 from align.training.groups import PADDING, Group, lay_out, pack, plan_batches
 
 EXAMPLE = Group(prompt=(4, 5, 15), responses=((8, 1), (9, 9, 1)))
@@ -56,7 +56,6 @@ def test_padding_sees_itself_only_and_nobody_sees_it() -> None:
     seen = dense_mask(batch)[short, 0]
     assert seen[2:, :2].sum() == 0 and seen[:2, 2:].sum() == 0
     assert torch.equal(seen[2:, 2:], torch.eye(3, dtype=torch.bool))
-    assert torch.equal(build_mask(batch, torch.float32)[short, 0] == 0, seen)
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,3 +101,33 @@ def test_short_groups_share_rows() -> None:
 def test_groups_without_tokens_are_refused(prompt: tuple[int, ...], responses: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(ValueError, match="needs|empty"):
         Group(prompt, responses)
+
+
+@settings(max_examples=40, deadline=None)
+@given(groups, st.integers(1, 60), st.integers(1, 7), st.booleans())
+def test_blocks_compute_what_the_whole_mask_says(
+    given_groups: list[Group], budget: int, longest: int, cut: bool
+) -> None:
+    torch.manual_seed(0)
+    for batch in pack(given_groups, budget):
+        rows, width = batch.input_ids.shape
+        query, key, value = (torch.randn(rows, heads, width, 4) for heads in (4, 2, 2))
+        seen = dense_mask(batch)
+        blocks = cut_into_blocks(seen[:, 0], common_starts(batch) if cut else [], torch.float32, longest)
+        found, _ = packed_attention(torch.nn.Module(), query, key, value, None, packed_mask=blocks)
+        scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) / 2).masked_fill(~seen, float("-inf"))
+        expected = (scores.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_rows_of_one_shape_compute_no_masked_block() -> None:
+    """Prompt 4, responses of 3 and 2: the prompt causal, and each response against the prompt and itself only."""
+    shape = Group((1, 2, 3, 4), ((5, 6, 7), (8, 9)))
+    (batch,) = pack([shape, shape], 18)
+    blocks = cut_into_blocks(dense_mask(batch)[:, 0], common_starts(batch), torch.float32)
+    assert [(b.queries, b.keys) for b in blocks] == [
+        (slice(0, 4), (slice(0, 4),)),
+        (slice(4, 7), (slice(0, 7),)),
+        (slice(7, 9), (slice(0, 4), slice(7, 9))),
+    ]
+    assert [b.mask is None for b in blocks] == [True, False, False]

@@ -33,9 +33,9 @@ LIVE_PARAMETERS = 1_000_000_000
 SLACK = 5
 """The heap of a CPU process keeps about a fifth of what comes and goes."""
 TOKENS = "training.tokens_per_batch"
-LIBRARIES = {"cpu": 1_200 * 2**20, "cuda": 600 * 2**20}
-"""What a rank takes before it holds a model: on a CPU the interpreter with torch, vLLM and DeepSpeed (measured: see
-the test); on a GPU the CUDA context and libraries (an estimate)."""
+LIBRARIES = {"cpu": 800 * 2**20, "cuda": 600 * 2**20}
+"""What a rank takes before it holds a model: on a CPU the interpreter with torch, vLLM, DeepSpeed and TRL (measured:
+0.7 GiB); on a GPU the CUDA context and libraries (an estimate)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def memory_parts(
         _bucket(recipe.training, policy, recipe.policy.dtype, machine),
         _reference(recipe, policy, ranks),
         _logits(recipe, policy, b, tokens),
-        _activations(recipe, policy, b, tokens),
+        _activations(recipe, policy, b, tokens, machine),
         _mask(b, tokens, row, machine),
     ]
     parts += [
@@ -99,7 +99,7 @@ def cold_start_parts(
     p, smaller = policy.parameters, "a smaller policy.model"
     tokens = max(longest, min(training.tokens_per_batch, -(-start.batch_size // ranks) * longest))
     width = 2 if machine.kind == "cuda" and recipe.policy.dtype == "bfloat16" else 4  # mixed precision on a GPU only
-    layer = layer_activation_bytes(policy, width)
+    layer = layer_activation_bytes(policy, width, machine.kind)
     shared = 4 if ranks > 1 else 0
     kept = policy.layers * layer
     if training.gradient_checkpointing:
@@ -229,12 +229,12 @@ def _logits(recipe: Recipe, policy: ModelShape, b: int, tokens: int) -> Part:
     return Part("logits", "device", size, formula, "training.logit_chunk_tokens")
 
 
-def _activations(recipe: Recipe, policy: ModelShape, b: int, tokens: int) -> Part:
+def _activations(recipe: Recipe, policy: ModelShape, b: int, tokens: int, machine: Machine) -> Part:
     """What autograd keeps of one forward pass, and the gradients inside the layer that backward is in.
 
     With checkpointing only each layer's input is kept, and one layer is computed again at a time.
     """
-    layer = layer_activation_bytes(policy, b)
+    layer = layer_activation_bytes(policy, b, machine.kind)
     rest = policy.hidden * (4 + 2 * b) + 2 * (policy.ffn + policy.hidden) * b  # the last norm; a layer's gradients
     if recipe.training.gradient_checkpointing:
         kept, knob = policy.layers * policy.hidden * b + layer, TOKENS
@@ -260,15 +260,16 @@ def _mask(b: int, tokens: int, row: int, machine: Machine) -> Part:
     return Part("attention mask", "device", size, formula, "training.tokens_per_batch or sampling.max_new_tokens")
 
 
-def layer_activation_bytes(policy: ModelShape, b: int) -> int:
+def layer_activation_bytes(policy: ModelShape, b: int, kind: str) -> int:
     """Bytes per token that autograd keeps in one decoder layer.
 
-    Two norms: fp32 input (4h each), normalised and scaled output (b*h each); attention: queries, keys, values
-    and the output (2 b*q + 2 b*kv); per-head norms (Qwen3) fp32 input and output; feed-forward:
-    gate, its activation, up and their product (4 b*f).  Log-sums and scales of a few bytes are left out.
+    Two norms: fp32 input (4h each), normalised and scaled output (b*h each); attention: queries, keys, values and the
+    output (2 b*q + 2 b*kv), on a CPU keys and values once more, gathered for each block of queries; per-head norms
+    (Qwen3) fp32 input and output; feed-forward: gate, its activation, up and their product (4 b*f).  Log-sums and
+    scales of a few bytes are left out.
     """
     norms = 2 * policy.hidden * (4 + 2 * b)
-    attention = 2 * (policy.query_width + policy.kv_width) * b
+    attention = 2 * b * (policy.query_width + policy.kv_width * (2 if kind == "cpu" else 1))
     head_norms = (policy.query_width + policy.kv_width) * (4 + b) if policy.head_norm else 0
     return norms + attention + head_norms + policy.ffn_tensors * policy.ffn * b
 

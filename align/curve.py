@@ -58,15 +58,15 @@ def learning_curve(run_dir: Path, *, format: Literal["svg", "png"] = "svg") -> P
 def read_series(run_dir: Path) -> dict[str, Series]:
     """Every metric of every evaluation, by name; a metric that one round lacks simply has no point there.
 
-    P(good), the mean the ensemble gave to a round's training samples, comes from `p_good` in evaluation.json, or in
-    ensemble.json, without an interval where none is given.
+    P(good), the mean the ensemble gave to a round's training samples, comes from `p_good` in evaluation.json or
+    ensemble.json, else from the scores themselves, without an interval where none is given.
     """
     points: dict[str, list[tuple[int, float, float, float]]] = {}
     for directory in sorted((run_dir / "rounds").glob("[0-9]*")):
         index = int(directory.name)
         metrics = dict(_read(directory / "evaluation.json"))
         if "p_good" not in metrics:
-            metrics["p_good"] = _read(directory / "ensemble.json").get("p_good")
+            metrics["p_good"] = _read(directory / "ensemble.json").get("p_good", _mean_p_good(directory))
         for name, estimate in metrics.items():
             point = _point(estimate)
             if point is not None:
@@ -86,6 +86,18 @@ def _read(path: Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     return content if isinstance(content, dict) else {}
+
+
+def _mean_p_good(directory: Path) -> float | None:
+    """Mean P(good) of a round's scores; None before the round is scored."""
+    files = sorted(directory.glob("scores-*.parquet"))
+    if not files:
+        return None
+    import numpy
+    from pyarrow import parquet
+
+    values = [parquet.read_table(file, columns=["p_good"])["p_good"].to_numpy() for file in files]
+    return float(numpy.concatenate(values).mean()) if any(len(v) for v in values) else None
 
 
 def _point(estimate: Any) -> tuple[float, float, float] | None:
@@ -138,7 +150,7 @@ def draw(series: Mapping[str, Series], *, title: str) -> Figure:
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     parts = figure.subfigures(1 + bool(rows), 1, height_ratios=[3.0, 1.6 * rows] if rows else None, squeeze=False)[:, 0]
     lead, kl = parts[0].subplots(1, 2, width_ratios=[2.2, 1.0])
-    _draw_lead(lead, series, small)
+    _draw_lead(lead, _lead(series))
     _draw_small(kl, series.get("kl"), "KL to the reference", "nats per response", BLUE)
     if rows:
         panels = parts[1].subplots(rows, COLUMNS, squeeze=False).ravel()
@@ -157,45 +169,57 @@ def _draw_panels(panels: Sequence[Axes], series: Mapping[str, Series], small: Se
             if shares:
                 axes.set_ylim(-0.02, 1.02)
         else:
-            _draw_small(axes, series[name], name, units.get(name, ""), GREEN)
+            title = "mean P(good), training" if name == "p_good" else name
+            _draw_small(axes, series[name], title, units.get(name, ""), GREEN)
     for axes in panels[len(small) :]:
         axes.set_axis_off()
 
 
 def _small_panels(series: Mapping[str, Series]) -> list[str]:
-    """What gets a small panel: all that the large ones leave, without pass@1 where it repeats the accuracy."""
-    large = {"accuracy", "p_good", "kl"}
+    """What gets a small panel: all that the large ones leave, without pass@1 where it repeats the accuracy, and without
+    coverage where nothing abstained."""
+    large = {"kl", *(one.name for one, _, _ in _lead(series))}
     if "accuracy" in series and "pass@1" in series and series["accuracy"].value == series["pass@1"].value:
         large.add("pass@1")
-    return [name for name in _order(series) if name not in large]
+    full = {n for n in series if "coverage" in n and min(series[n].value) == 1.0}  # every verdict was given
+    return [name for name in _order(series) if name not in large | full]
 
 
 def _order(series: Mapping[str, Series]) -> list[str]:
-    """pass@k first, then the other metrics by name, then the verifiers in the order of the evaluation."""
+    """P(good) and pass@k first, then the other metrics by name, then the verifiers in the order of the evaluation."""
     verifiers = [n for n in series if n.startswith("verifier/")]
-    rest = sorted((n for n in series if not n.startswith("verifier/")), key=lambda n: (not n.startswith("pass@"), n))
-    return rest + verifiers
+    rest = [n for n in series if not n.startswith("verifier/")]
+    return sorted(rest, key=lambda n: (n != "p_good", not n.startswith("pass@"), n)) + verifiers
 
 
-def _draw_lead(axes: Axes, series: Mapping[str, Series], small: Sequence[str]) -> None:
-    """Gold accuracy and the proxy on one scale: where they part, the policy exploits its verifiers.
+def _lead(series: Mapping[str, Series]) -> list[tuple[Series, str, str]]:
+    """(series, label, colour) of the large panel.
 
-    A run without a gold verifier shows its first other metric instead.
+    Accuracy on gold and the proxy share a scale: where they part, the policy exploits its verifiers.  A gold score has
+    a scale of its own and stands alone; so does the first metric of a run without a gold verifier.
     """
-    lines = [
-        ("accuracy", "accuracy on gold,\nheld-out prompts", BLUE),
-        ("p_good", "mean P(good),\ntraining samples", ORANGE),
-    ]
-    shown = [(series[name], label, colour) for name, label, colour in lines if name in series]
-    if not shown and small:
-        shown = [(series[small[0]], small[0], BLUE)]
-    axes.set_title("What the verifiers believe, and what is true" if len(shown) == 2 else "By round")
-    ends = _spread([s.value[-1] for s, _, _ in shown], shown)
+    if "accuracy" in series:
+        found = [(series["accuracy"], "accuracy on gold,\nheld-out prompts", BLUE)]
+        if "p_good" in series:
+            found.append((series["p_good"], "mean P(good),\ntraining samples", ORANGE))
+        return found
+    name = next((n for n in series if n.startswith("gold/")), None) or _order(series)[0]
+    gold = name.startswith("gold/")
+    return [(series[name], f"{name.removeprefix('gold/')}{' (gold)' if gold else ''},\nheld-out prompts", BLUE)]
+
+
+def _draw_lead(axes: Axes, shown: Sequence[tuple[Series, str, str]]) -> None:
+    """The large panel, its labels to the right of the last round."""
+    titles = {"accuracy": "What is true", "p_good": "what the verifiers believe"}
+    names = [titles[one.name] for one, _, _ in shown if one.name in titles]
+    axes.set_title(", and ".join(names) or "By round")
+    last = max(one.rounds[-1] for one, _, _ in shown)
+    ends = _spread([one.value[-1] for one, _, _ in shown], shown)
     for (one, label, colour), y in zip(shown, ends, strict=True):
         _line(axes, one, colour, width=2.2)
         axes.annotate(
             f"{label}\n{one.value[-1]:.3f}",
-            (one.rounds[-1], y),
+            (last, y),
             xytext=(8, 0),
             textcoords="offset points",
             va="center",

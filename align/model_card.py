@@ -148,9 +148,15 @@ def _evaluation(recipe: Recipe, evaluation: Mapping[str, Any]) -> str:
         f"temperature {settings.temperature:g}; {settings.confidence:.0%} intervals from {settings.bootstrap} "
         "bootstrap resamples of the prompts."
     )
-    names = [*after, *(name for name in before if name not in after)]
+    names = [n for n in {**after, **before} if not _full_coverage(n, before, after)]
     rows = [(escape(name), _interval(before.get(name)), _interval(after.get(name))) for name in names]
     return head + "\n\n" + (_table(("metric", "before", "after"), rows) if rows else "Nothing was measured.")
+
+
+def _full_coverage(name: str, *evaluations: Mapping[str, Any]) -> bool:
+    """Whether a metric only says that every verdict was given."""
+    values = [e[name].get("value") for e in evaluations if isinstance(e.get(name), Mapping)]
+    return "coverage" in name and all(value == 1.0 for value in values)
 
 
 def _interval(estimate: Any) -> str:
@@ -198,8 +204,8 @@ def limitations(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
     found = summary.get("verifiers", {})
     gold, names = recipe.evaluation.gold, [v.name for v in recipe.verifiers]
     lines = [
-        f"Supervision was weak: {len(names)} automatic verifier{'s' if len(names) > 1 else ''} "
-        f"({escape(', '.join(names))}), none of which is always right. The model learned what they reward.",
+        f"Supervision came from {len(names)} automatic verifier{'s' if len(names) > 1 else ''} "
+        f"({escape(', '.join(names))}), not from people. The model learned what they reward, their errors too.",
     ]
     if gold is None:
         lines.append(

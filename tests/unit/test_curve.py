@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.curve import Series, _spread, draw, learning_curve, read_series
+from align.curve import Series, _lead, _small_panels, _spread, draw, learning_curve, read_series
 from align.errors import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -70,6 +70,23 @@ def test_missing_and_broken_points_are_left_out(tmp_path: Path) -> None:
     assert set(found) == {"accuracy", "kl", "p_good"}
 
 
+def test_p_good_is_read_from_the_scores_where_no_report_has_it(tmp_path: Path) -> None:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    run = write_run(tmp_path, {0: {"accuracy": estimate(0.2)}, 1: {"accuracy": estimate(0.3)}})
+    for shard, values in enumerate(([0.25, 0.75], [0.8])):
+        table = arrow.table({"sample_id": [str(v) for v in values], "p_good": values})
+        parquet.write_table(table, run / "rounds" / "00000" / f"scores-{shard:05d}.parquet")
+    found = read_series(run)["p_good"]
+    assert found.rounds == (0,) and found.value == pytest.approx((0.6,))  # (0.25 + 0.75 + 0.8) / 3
+
+
+def test_coverage_has_a_panel_only_where_something_abstained(tmp_path: Path) -> None:
+    metrics = {"accuracy": estimate(0.2), "coverage/a": estimate(1.0, 0.0), "coverage/b": estimate(0.9)}
+    assert _small_panels(read_series(write_run(tmp_path, {0: metrics}))) == ["coverage/b"]
+
+
 def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
     run = full_run(tmp_path)
     first = learning_curve(run).read_bytes()
@@ -108,6 +125,14 @@ def test_text_that_looks_like_mathematics_is_drawn_as_text(tmp_path: Path) -> No
 def test_a_run_without_gold_shows_what_it_has(tmp_path: Path) -> None:
     run = write_run(tmp_path, {0: {"verifier/words": estimate(0.1)}, 1: {"verifier/words": estimate(0.2)}})
     assert learning_curve(run).is_file()
+
+
+def test_a_gold_score_leads_alone_and_the_proxy_gets_a_panel(tmp_path: Path) -> None:
+    rounds = {i: {"gold/vader": estimate(0.05 * i), "kl": estimate(0.1 * i), "length": estimate(90)} for i in range(3)}
+    found = read_series(write_run(tmp_path, rounds, p_good=0.5))
+    assert [(one.name, label) for one, label, _ in _lead(found)] == [("gold/vader", "vader (gold),\nheld-out prompts")]
+    assert _small_panels(found) == ["p_good", "length"]
+    assert learning_curve(tmp_path).is_file()
 
 
 def test_labels_of_lines_that_end_together_are_moved_apart() -> None:

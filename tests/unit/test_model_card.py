@@ -120,6 +120,13 @@ def test_names_that_are_published(given: str, shown: str) -> None:
 HOSTILE = "<script>alert(1)</script> [x](javascript:y) `~~~~` | # * \x1b]0;t\x07 \u202e \n---\n"
 
 
+def test_coverage_is_shown_only_where_something_abstained() -> None:
+    full = {"value": 1.0, "low": 1.0, "high": 1.0}
+    metrics = {"coverage/nines": full, "coverage/contrarian": {"value": 0.9, "low": 0.8, "high": 1.0}}
+    text = model_card(recipe(), summary={"evaluation": {"before": metrics, "after": metrics}}, data={})
+    assert "coverage/nines" not in text and "coverage/contrarian" in text
+
+
 def test_hostile_text_stays_text() -> None:
     shown = escape(HOSTILE)
     assert "<" not in shown and "\x1b" not in shown and "\u202e" not in shown and "\n" not in shown

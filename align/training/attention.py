@@ -21,7 +21,7 @@ from align.training.groups import PADDING, PackedBatch
 
 ATTENTION = "align_packed"  # the name under which transformers finds `packed_attention`
 
-LONGEST_BLOCK = 128  # queries computed together where rows have no common structure
+LONGEST_BLOCK = 64  # queries computed together
 
 _compiled_flex: Callable[..., Any] | None = None
 
@@ -54,7 +54,7 @@ class Block:
 
     queries: slice
     keys: tuple[slice, ...]
-    mask: Tensor | None  # [R, 1, queries, keys] additive; None where query i sees exactly the keys 0 … i in every row
+    mask: Tensor  # [R, 1, queries, keys] additive
 
 
 def cut_into_blocks(
@@ -62,24 +62,20 @@ def cut_into_blocks(
 ) -> list[Block]:
     """What of the mask `seen` [R, S, S] has to be computed at all, for a kernel that knows no sparse masks.
 
-    Queries are cut at `starts`, the places where every row begins a new segment, and then every `longest`.  Keys that
-    no query of a block sees in any row are left out: those that come later, and other responses where rows agree.
+    Queries are cut at `starts`, the places where every row begins a new segment, and between them every `longest`.
+    Keys that no query of a block sees in any row are left out: those that come later, and other responses where the
+    rows agree on where these lie.
     """
     width = seen.shape[1]
     anywhere = seen.any(0)  # [S, S]
-    edges = sorted({0, width, *starts})
-    if not starts:
-        edges = [*range(0, width, longest), width]
-    causal = torch.ones(width, width, dtype=torch.bool, device=seen.device).tril()
     nothing = torch.zeros((), dtype=dtype, device=seen.device)
     blocks = []
-    for begin, end in itertools.pairwise(edges):
-        if begin == 0 and bool((seen[:, :end, :end] == causal[:end, :end]).all()):
-            blocks.append(Block(slice(0, end), (slice(0, end),), None))
-            continue
-        keys = _ranges(anywhere[begin:end].any(0))
-        mask = torch.cat([seen[:, None, begin:end, k] for k in keys], dim=-1)
-        blocks.append(Block(slice(begin, end), keys, nothing.masked_fill(~mask, float("-inf"))))
+    for begin, end in itertools.pairwise([0, *starts, width]):
+        for first in range(begin, end, longest):
+            queries = slice(first, min(first + longest, end))
+            keys = _ranges(anywhere[queries].any(0))
+            mask = torch.cat([seen[:, None, queries, k] for k in keys], dim=-1)
+            blocks.append(Block(queries, keys, nothing.masked_fill(~mask, float("-inf"))))
     return blocks
 
 
@@ -129,20 +125,51 @@ def packed_attention(
     if not isinstance(packed_mask, list):
         out = _flex()(query, key, value, block_mask=packed_mask, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2).contiguous(), None
-    parts = []
-    for block in packed_mask:
-        part = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, block.queries],
-            _take(key, block.keys),
-            _take(value, block.keys),
-            attn_mask=block.mask,
-            is_causal=block.mask is None,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
-        parts.append(part.transpose(1, 2))
-    return torch.cat(parts, dim=1), None
+    assert dropout == 0.0, "packed attention has no dropout"
+    return _BlockedAttention.apply(query, key, value, packed_mask, scaling).transpose(1, 2), None
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Flash attention on the CPU, one block after the other.
+
+    ATen's kernel is called directly, because it computes masked scores like any other (a causal mask saves it
+    nothing), and because autograd would write out a whole zero-filled gradient for every slice of the keys.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scaling: float | None
+    ) -> Tensor:
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        sums = []
+        for b in blocks:
+            part, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, b.queries], _take(key, b.keys), _take(value, b.keys), attn_mask=b.mask, scale=scaling
+            )
+            out[:, :, b.queries] = part
+            sums.append(log_sum)
+        ctx.save_for_backward(query, key, value, out, *sums)
+        ctx.blocks, ctx.scaling = blocks, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *sums = ctx.saved_tensors
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        for b, log_sum in zip(ctx.blocks, sums, strict=True):
+            of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, b.queries], query[:, :, b.queries], _take(key, b.keys), _take(value, b.keys),
+                out[:, :, b.queries], log_sum, 0.0, False, attn_mask=b.mask, scale=ctx.scaling,
+            )  # fmt: skip
+            grad_query[:, :, b.queries] = of_query
+            start = 0
+            for keys in b.keys:
+                end = start + keys.stop - keys.start
+                grad_key[:, :, keys] += of_key[:, :, start:end]
+                grad_value[:, :, keys] += of_value[:, :, start:end]
+                start = end
+        return grad_query, grad_key, grad_value, None, None
 
 
 def _take(tensor: Tensor, ranges: tuple[slice, ...]) -> Tensor:

@@ -1,7 +1,8 @@
 """Log-probabilities of response tokens without the [tokens, vocabulary] matrix of logits.
 
 Only the hidden states in front of response tokens go through the output head, a chunk at a time, in float32
-where it matters; the backward pass computes each chunk's logits again.  With z = h W^T + b and p = softmax(z):
+where it matters.  The backward pass computes the logits again, unless all of them fit into one chunk: then they are
+kept, for they would all be there at once in any case.  With z = h W^T + b and p = softmax(z):
 d log p_y / d z = onehot(y) - p, so the gradients are g (W_y - p W), (onehot(y) - p)^T (g h) and sum g (onehot(y) - p).
 
 Legend: N response tokens, D width, V vocabulary, C tokens of a chunk, K responses.
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+CACHED_LOGITS = 2**20  # float32 numbers; 4 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,38 +41,46 @@ class _ChunkedHead(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         count = hidden.shape[0]
+        keep = count <= chunk and any(ctx.needs_input_grad[:3])
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        normalisers = torch.empty_like(logprobs)
+        normalisers, totals = torch.empty_like(logprobs), torch.empty_like(logprobs)
         entropies = torch.empty_like(logprobs) if entropy else None
-        for start in range(0, count, chunk):
-            part = slice(start, min(start + chunk, count))
+        ctx.parts = _parts(count, chunk, weight)
+        ctx.kept = []
+        for part in ctx.parts:
             logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
-            normalisers[part] = torch.logsumexp(logits, dim=-1)
             picked = logits.gather(1, targets[part, None]).squeeze(1)
+            largest = logits.amax(dim=-1)
+            powers = logits.sub_(largest[:, None]).exp_()  # in place: the logits are the largest tensor of the step
+            totals[part] = powers.sum(dim=-1)
+            normalisers[part] = largest + totals[part].log()
             logprobs[part] = picked - normalisers[part]
             if entropies is not None:
-                probabilities = torch.exp(logits - normalisers[part, None])
-                entropies[part] = normalisers[part] - torch.einsum("nv,nv->n", probabilities, logits)
-        ctx.save_for_backward(hidden, targets, normalisers)
+                entropies[part] = torch.special.entr(powers / totals[part, None]).sum(dim=-1)
+            if keep:
+                ctx.kept.append(powers)
+        ctx.save_for_backward(hidden, targets, normalisers, totals)
         # Not saved tensors: under ZeRO-3 the parameters are empty between forward and backward.
-        ctx.weight, ctx.bias, ctx.chunk = weight, bias, chunk
+        ctx.weight, ctx.bias = weight, bias
         if entropies is not None:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, targets, normalisers = ctx.saved_tensors
+        hidden, targets, normalisers, totals = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight: Tensor | None = None
         grad_bias: Tensor | None = None
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            part = slice(start, min(start + ctx.chunk, hidden.shape[0]))
-            logits = torch.nn.functional.linear(hidden[part], ctx.weight, ctx.bias).float()
-            # d loss / d logits = g (onehot - p), in place: this is the largest tensor of the step
-            slope = logits.sub_(normalisers[part, None]).exp_().mul_(-grad[part, None])
-            slope.scatter_add_(1, targets[part, None], grad[part, None])
+        kept, ctx.kept = ctx.kept, []  # used up in place; a second backward computes them again
+        for index, part in enumerate(ctx.parts):
+            if kept:
+                slope = kept[index].mul_(-(grad[part] / totals[part])[:, None])
+            else:
+                logits = torch.nn.functional.linear(hidden[part], ctx.weight, ctx.bias).float()
+                slope = logits.sub_(normalisers[part, None]).exp_().mul_(-grad[part, None])
+            slope.scatter_add_(1, targets[part, None], grad[part, None])  # d loss / d logits = g (onehot - p)
             lean = slope.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(lean, ctx.weight, out=grad_hidden[part])
@@ -84,6 +95,13 @@ class _ChunkedHead(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _parts(count: int, chunk: int, weight: Tensor) -> list[slice]:
+    """The N tokens in chunks; on a CPU in parts small enough that a part's logits stay in the cache."""
+    if weight.device.type == "cpu":
+        chunk = min(chunk, max(64, CACHED_LOGITS // weight.shape[0]))
+    return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
 
 
 def token_logprobs(

@@ -111,13 +111,18 @@ def test_blocks_compute_what_the_whole_mask_says(
     torch.manual_seed(0)
     for batch in pack(given_groups, budget):
         rows, width = batch.input_ids.shape
-        query, key, value = (torch.randn(rows, heads, width, 4) for heads in (4, 2, 2))
+        query, key, value = leaves = [torch.randn(rows, heads, width, 4, requires_grad=True) for heads in (4, 2, 2)]
         seen = dense_mask(batch)
         blocks = cut_into_blocks(seen[:, 0], common_starts(batch) if cut else [], torch.float32, longest)
         found, _ = packed_attention(torch.nn.Module(), query, key, value, None, packed_mask=blocks)
         scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) / 2).masked_fill(~seen, float("-inf"))
         expected = (scores.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        upstream = torch.randn_like(found)
+        for ours, plain in zip(
+            torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+        ):
+            torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
 
 
 def test_rows_of_one_shape_compute_no_masked_block() -> None:
@@ -130,4 +135,4 @@ def test_rows_of_one_shape_compute_no_masked_block() -> None:
         (slice(4, 7), (slice(0, 7),)),
         (slice(7, 9), (slice(0, 4), slice(7, 9))),
     ]
-    assert [b.mask is None for b in blocks] == [True, False, False]
+    assert blocks[2].mask[0, 0].tolist() == [[0.0] * 5 + [float("-inf")], [0.0] * 6]

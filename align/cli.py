@@ -47,7 +47,7 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, ranks: RankCount = Non
     from align.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    apply_environment(rank_environment(0, ranks or 1))
+    apply_environment(rank_environment(ranks or 1))
     from align.plan import make_plan, render
 
     print(clean(render(make_plan(loaded, ranks or 1))))

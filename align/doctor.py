@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
-from align.launcher import has_package, rank_environment, uses_gpu
+from align.launcher import has_package, rank_environment, usable_cores, uses_gpu
 from align.progress import clean
 
 DISTRIBUTION = "align-trainer"
@@ -52,7 +52,7 @@ def machine() -> Iterator[Finding]:
     """Interpreter, processor, memory, GPUs."""
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("python", version, None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     yield Finding("cores", f"{cores}")
     if has_package("psutil"):
         import psutil
@@ -124,7 +124,7 @@ def imports() -> Iterator[Finding]:
 
 def _import_error(name: str) -> str | None:
     """The last line of what went wrong when a fresh interpreter imported the package; None if nothing did."""
-    environment = {**os.environ, **rank_environment(0, 1)}
+    environment = {**os.environ, **rank_environment(1)}
     try:
         done = subprocess.run(
             [sys.executable, "-c", f"import {name}"],

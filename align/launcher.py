@@ -51,14 +51,14 @@ def launch(
     if "RANK" in os.environ and outer is not None:
         if ranks is not None and str(ranks) != outer:
             raise InputError(f"--ranks {ranks}: this process was started as one of {outer} ranks; leave --ranks out")
-        apply_environment(rank_environment(_local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", outer))))
+        apply_environment(rank_environment(int(os.environ.get("LOCAL_WORLD_SIZE", outer))))
         return verb_function(function)(recipe, verb, round_index)
     count = 1 if ranks is None else ranks
     if count < 1:
         raise InputError(f"--ranks {count}: give at least 1")
     if count > 1:
         return _start_ranks(recipe, verb, round_index, count, function)
-    apply_environment({**rank_environment(0, 1), **loopback_environment()})
+    apply_environment({**rank_environment(1), **loopback_environment()})
     store = open_store()  # kept until the verb is done: the libraries in this process ask it for their place
     apply_environment(_alone(store.port))
     return verb_function(function)(recipe, verb, round_index)
@@ -91,7 +91,7 @@ def has_package(name: str) -> bool:
     return True
 
 
-def rank_environment(local_rank: int, ranks: int) -> dict[str, str]:
+def rank_environment(ranks: int) -> dict[str, str]:
     """Environment of one rank of `ranks` on this machine; must be in place before torch or vLLM are imported.
 
     What the user set stays, but for the two settings without which engine and trainer cannot share a process."""
@@ -107,9 +107,8 @@ def rank_environment(local_rank: int, ranks: int) -> dict[str, str]:
     }
     forced = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if not uses_gpu():
-        cores = _cores_of(local_rank, ranks)
-        chosen["OMP_NUM_THREADS"] = str(len(cores))
-        chosen["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        chosen["OMP_NUM_THREADS"] = str(max(1, usable_cores() // ranks))
+        chosen["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait crawl on a busy machine
         forced |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {key: os.environ.get(key, value) for key, value in chosen.items()} | forced
 
@@ -125,16 +124,9 @@ def apply_environment(values: dict[str, str]) -> None:
     os.environ.update(values)
 
 
-def _cores_of(local_rank: int, ranks: int) -> list[int]:
-    """This rank's share of the cores that this process may use: an even slice, at least one."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    each = max(1, len(cores) // ranks)
-    begin = (local_rank * each) % len(cores)
-    return cores[begin : begin + each]
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _alone(port: int) -> dict[str, str]:

@@ -356,6 +356,12 @@ class Recipe(Block):
             wrong.append("cold_start.source: `prompts` writes solutions for the arithmetic task only; name a file")
         if self.sampling.max_new_tokens >= (self.policy.from_scratch or Scratch(context=10**9)).context:
             wrong.append("sampling.max_new_tokens: leaves no room for a prompt in policy.from_scratch.context")
+        for place, verifier in enumerate(self.verifiers):
+            if verifier.kind == "reward_model" and verifier.chat_template and self.prompts.chat_template:
+                wrong.append(
+                    f"verifiers.{place}.chat_template: prompts.chat_template has rendered the prompt already; "
+                    "with both it would be wrapped twice, so leave one out"
+                )
         if wrong:
             raise ValueError("\n".join(wrong))
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,15 +22,17 @@ from align.progress import say
 from align.prompts import PromptSet, load_prompts, round_prompts
 from align.recipe import Recipe
 from align.records import Prompt, Sample
-from align.sampling.environment import context_length
+from align.sampling.environment import check_engine_settings, context_length
 from align.store import RunStore
 from align.summary import build_summary, render_evaluation, render_report, verifier_rows
 from align.verifiers import registry
 from align.verifiers.runner import VerifierPool
+from align.verifiers.spec import RewardModelSpec
 
 if TYPE_CHECKING:
     from align.sampling.engine import Sampler
     from align.training.engine import PolicyEngine
+    from align.verifiers.reward_model import RewardModel
 
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 48
@@ -49,6 +51,7 @@ class Run:
         self._synced_version: int | None = None
         self._policy: PolicyEngine | None = None
         self._pools: dict[bool, VerifierPool] = {}
+        self._reward_models: list[RewardModel] = []
         self._cache: dict[tuple[int, str], list] = {}
         previous = store.read_json(None, "summary") or {}
         self._seconds.update({k: v for k, v in previous.get("seconds", {}).items() if k != "total"})
@@ -59,14 +62,7 @@ class Run:
     @contextmanager
     def open(cls, recipe: Recipe, ranks: Ranks) -> Iterator[Run]:
         """Check what can be checked before anything heavy starts, open the run directory, and close all at the end."""
-        remarks = [remark for spec in recipe.verifiers for remark in registry.check(spec)]
-        if recipe.evaluation.gold is not None:
-            remarks += registry.check(recipe.evaluation.gold, where="evaluation.gold")
-        identity = {}
-        if recipe.policy.model is not None:
-            path = resolve_model(recipe.policy.model, recipe.policy.revision)
-            check_model_dir(path)
-            identity["model"] = fingerprint(path)
+        remarks, identity = check_inputs(recipe)
         store = RunStore.open(recipe, ranks, identity=identity)
         run = cls(recipe, ranks, store)
         for line in (*remarks, *store.notices):
@@ -82,6 +78,8 @@ class Run:
         """Stop the engines and the verifier processes; a failed run says so in its summary."""
         for pool in self._pools.values():
             pool.close()
+        for reward_model in self._reward_models:
+            reward_model.close()
         if self._policy is not None:
             self._policy.close()  # before the sampler, which takes the process group down with it
         if self._sampler is not None:
@@ -208,11 +206,12 @@ class Run:
             self._pools[gold] = VerifierPool(specs, seed=self.recipe.seed, in_process=in_process)
         return self._pools[gold]
 
-    def _reward_model(self, spec: Any) -> Any:
+    def _reward_model(self, spec: RewardModelSpec) -> RewardModel:
         from align.verifiers.reward_model import RewardModel
 
         with self.timed("start_reward_model"):
-            return RewardModel(spec, dtype=self.recipe.policy.dtype)
+            self._reward_models.append(RewardModel(spec, dtype=self.recipe.policy.dtype))
+        return self._reward_models[-1]
 
     def probes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(prompt ids, response ids) on which trainer and sampler are compared: real prompts, and one sequence that
@@ -354,3 +353,36 @@ def pairs_per_prompt(recipe: Recipe) -> int:
     n, pairs = recipe.sampling.samples_per_prompt, recipe.pairs
     most = {"best_worst": 1, "all_margin": n * (n - 1) // 2, "top_bottom": min(pairs.k, n // 2) ** 2}[pairs.builder]
     return min(most, pairs.max_per_prompt or most)
+
+
+def check_inputs(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
+    """What the recipe names outside itself: remarks for the user, and hashes that a resumed run must find again.
+
+    Raises InputError with every fault at once: model directory, engine settings, the files of every verifier.
+    """
+    remarks: list[str] = []
+    identity: dict[str, str] = {}
+    faults: list[str] = []
+    policy, gold = recipe.policy, recipe.evaluation.gold
+
+    def model() -> None:
+        if policy.model is not None:
+            path = resolve_model(policy.model, policy.revision)
+            check_model_dir(path)
+            identity["model"] = fingerprint(path)
+
+    checks: list[Callable[[], object]] = [
+        model,
+        lambda: check_engine_settings(recipe.sampling.engine, "sampling.engine"),
+        *(lambda spec=spec: remarks.extend(registry.check(spec)) for spec in recipe.verifiers),
+    ]
+    if gold is not None:
+        checks.append(lambda: remarks.extend(registry.check(gold, where="evaluation.gold")))
+    for check in checks:
+        try:
+            check()
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("\n".join(faults))
+    return remarks, identity

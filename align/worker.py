@@ -29,7 +29,7 @@ def main(job_file: str) -> int:
     for caught in (signal.SIGINT, signal.SIGTERM):
         signal.signal(caught, signal.SIG_DFL)  # what is committed is safe, so a rank that is told to stop just stops
     rank = int(os.environ["RANK"])
-    apply_environment(rank_environment(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])))
+    apply_environment(rank_environment(int(os.environ["LOCAL_WORLD_SIZE"])))
     recipe = Recipe.model_validate(job["recipe"])
     try:
         return verb_function(job["function"])(recipe, job["verb"], job["round"])

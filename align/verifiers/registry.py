@@ -15,7 +15,7 @@ from align.verifiers.form import Format, Length, Repetition
 from align.verifiers.lexicon import Lexicon, Vocabulary
 from align.verifiers.noise import Noise
 from align.verifiers.readability import Readability
-from align.verifiers.spec import AnswerSpec, VerifierSpec
+from align.verifiers.spec import AnswerSpec, RewardModelSpec, VerifierSpec
 from align.verifiers.wordlists import read_valences, read_vocabulary
 
 KINDS: dict[str, type[Verifier]] = {
@@ -69,6 +69,10 @@ def check(spec: VerifierSpec, where: str | None = None) -> Sequence[str]:
                 f"{prefix}.{key}: {path}: {found.unmatched} of {found.entries} entries are not single words "
                 "(phrases, smileys) and can match nothing"
             )
+    if isinstance(spec, RewardModelSpec):
+        from align.verifiers.reward_model import check as check_reward_model
+
+        check_reward_model(spec, prefix)
     if isinstance(spec, AnswerSpec) and spec.match == "math" and importlib.util.find_spec("math_verify") is None:
         raise InputError(f"{prefix}.match: `math` needs the package math-verify; install it or use `match: exact`")
     return remarks

@@ -22,9 +22,12 @@ from align.verifiers.base import Abstain, Item, Verifier
 from align.verifiers.spec import RewardModelSpec
 
 
-def check(spec: RewardModelSpec) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint's directory and config.json; refuses one that cannot score.  Loads nothing heavy."""
-    key = f"verifiers.{spec.name}"
+def check(spec: RewardModelSpec, where: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint's directory and config.json; refuses one that cannot score.  Loads nothing heavy.
+
+    `where` is the recipe key of the block, by default `verifiers.<name>`.
+    """
+    key = where or f"verifiers.{spec.name}"
     environment.check_engine_settings(spec.engine, f"{key}.engine")
     path = resolve_model(spec.model, spec.revision, key=f"{key}.model")
     config = check_model_dir(path, key=f"{key}.model")

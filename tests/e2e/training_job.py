@@ -1,6 +1,6 @@
 """A rank of the training tests: `python training_job.py JOB`, JOB a JSON object; writes what it saw to job["out"].
 
-Job keys: model, out, training, policy, rounds (how many), load, save, loss_spike (a sample id whose tokens are made NaN).
+Job keys: model, out, training, policy, rounds (how many), load, save, loss_spike (sample id whose tokens become NaN).
 """
 
 from __future__ import annotations

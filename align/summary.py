@@ -119,15 +119,16 @@ def render_report(summary: Mapping[str, Any], root: Path) -> None:
     """The closing report: before and after, the ensemble against its verifiers, and where the time went."""
     before, after = summary["evaluation"]["before"], summary["evaluation"]["after"]
     say("")
-    say(f"{'metric':<28}{'before':>26}{'after':>26}")
+    say(f"{'metric':<24}{'before':>30}{'after':>30}")
     for name in _in_order(after):
-        say(f"{name:<28}{_interval(before.get(name)):>26}{_interval(after[name]):>26}")
+        say(f"{name:<24}{_interval(before.get(name)):>30}{_interval(after[name]):>30}")
     for warning in (summary["overoptimisation"] or {}).get("warnings", ()):
         say(f"warning: {warning}")
     on_gold = next((e["on_gold"] for e in summary["ensemble"] if e and e.get("on_gold")), None)
     if on_gold:
         say("")
-        say("accuracy on gold in the first round (gold is never used in training)")
+        what = "accuracy on gold" if on_gold["accuracy"] else "rank correlation with gold"
+        say(f"{what} in the first round (gold is never used in training)")
         for name, value in _gold_rows(on_gold):
             say(f"  {name:<30}{value:.3f}")
     say("")
@@ -139,6 +140,7 @@ def render_report(summary: Mapping[str, Any], root: Path) -> None:
 
 
 def _gold_rows(on_gold: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """(name, accuracy) of the ensemble, the mean, and every verifier, best first."""
-    rows = [(name, value) for name, value in on_gold["accuracy"].items() if value is not None]
+    """(name, agreement with gold) of the ensemble, the mean, and every verifier, best first."""
+    measure = on_gold["accuracy"] or on_gold["rank_correlation"]
+    rows = [(name, value) for name, value in measure.items() if value is not None]
     return sorted(rows, key=lambda row: -row[1])

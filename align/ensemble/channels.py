@@ -11,7 +11,7 @@ Legend: N samples, L levels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,13 @@ from align.ensemble.table import VerdictTable
 MAX_LEVELS = 8
 ROWS_PER_LEVEL = 20  # fewer responses in a level estimate its rates too badly
 MAX_JOINT_LEVELS = 16
+WHOLE_PROMPT_WEIGHT = 0.5
+"""Factor on the log-likelihood of a verifier that judges a prompt's responses by each other.
+
+Responses that agree get the same verdict because they agree: it is one observation, not one each, and counted in full
+a policy that has settled on a wrong answer outvotes every check.  On the quickstart's five rounds, P(good) is right
+on .973 to .964 of the responses without it, falling, and on .985 to .996 with it, rising; 0.3 to 0.7 do the same.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,7 @@ class Channel:
     codes: np.ndarray  # [N] level of each sample, -1 where the channel is silent
     levels: np.ndarray  # [L] how favourable each level is, 0 to 1: the mean normalised verdict in it
     columns: tuple[int, ...]  # the table's columns that it was made of
+    weight: float = 1.0  # factor on its log-likelihood
 
 
 def channels(table: VerdictTable) -> list[Channel]:
@@ -52,6 +60,8 @@ def channels(table: VerdictTable) -> list[Channel]:
             channel = _joint(values[:, columns], tuple(columns))
         else:
             channel = _graded(row_mean(values[:, columns]), tuple(columns))
+        if table.whole_prompts and all(table.whole_prompts[j] for j in columns):
+            channel = replace(channel, weight=WHOLE_PROMPT_WEIGHT)
         if (channel.codes >= 0).any():
             made.append(channel)
     return made

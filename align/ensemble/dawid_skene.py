@@ -107,10 +107,12 @@ def expectation_maximisation(made: Sequence[Channel], start: np.ndarray, model: 
     """EM to the posterior mode from P(good) = `start` [N].
 
     Equal rows are counted once.  A silent channel points at one spare slot whose log-probability is 0 in both classes.
+    With weights other than 1 the likelihood is a composite one; each round of EM still raises it.
     """
     slots, counts, inverse = _distinct_rows(made)
     segment = np.repeat(np.arange(len(made)), [len(c.levels) for c in made])  # [L] channel of each slot
     level = np.concatenate([c.levels for c in made])
+    weight = np.array([c.weight for c in made])[segment]  # [L]
     prior_good, prior_bad = (_pseudo_votes(x, segment, model.pseudo) for x in (level, 1.0 - level))
     total = np.bincount(slots.ravel(), np.tile(counts, len(made)), len(level) + 1)[:-1]
     p_good = np.bincount(inverse, start, len(counts)) / counts  # [U]
@@ -125,8 +127,8 @@ def expectation_maximisation(made: Sequence[Channel], start: np.ndarray, model: 
         if not known:
             balance = float((counts @ p_good + BALANCE_PSEUDO) / (counts.sum() + 2 * BALANCE_PSEUDO))
         assert balance is not None
-        log_good = np.log(balance) + _log_likelihood(good, slots)
-        log_bad = np.log1p(-balance) + _log_likelihood(bad, slots)
+        log_good = np.log(balance) + _log_likelihood(good, weight, slots)
+        log_bad = np.log1p(-balance) + _log_likelihood(bad, weight, slots)
         p_good = sigmoid(log_good - log_bad)
         posterior = float(counts @ np.logaddexp(log_good, log_bad))
         posterior += float(prior_good @ np.log(good) + prior_bad @ np.log(bad))
@@ -148,7 +150,7 @@ def channel_log_odds(made: Sequence[Channel], em: Em, limit: float) -> np.ndarra
     """
     columns = []
     for channel, good, bad in zip(made, em.good, em.bad, strict=True):
-        log_odds = np.append(np.clip(np.log(good) - np.log(bad), -limit, limit), 0.0)
+        log_odds = np.append(np.clip(channel.weight * (np.log(good) - np.log(bad)), -limit, limit), 0.0)
         columns.append(log_odds[channel.codes])  # code -1 is the appended 0
     return np.column_stack(columns)
 
@@ -180,6 +182,6 @@ def _rates(votes: np.ndarray, segment: np.ndarray) -> np.ndarray:
     return votes / np.bincount(segment, votes)[segment]
 
 
-def _log_likelihood(rates: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """[U]: log P(row | class)."""
-    return np.append(np.log(rates), 0.0)[slots].sum(axis=0)
+def _log_likelihood(rates: np.ndarray, weight: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """[U]: log P(row | class), each channel's share times its weight."""
+    return np.append(weight * np.log(rates), 0.0)[slots].sum(axis=0)

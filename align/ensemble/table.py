@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.records import Sample, Verdict
-from align.verifiers.registry import kind_of
+from align.verifiers.registry import KINDS, kind_of
 from align.verifiers.spec import VerifierSpec
 
 NO_VERDICT = "no verdict on record"
@@ -33,11 +33,13 @@ class VerdictTable:
     families: tuple[str, ...]  # [M] verifiers with the same non-empty family share a source of error
     prompts: np.ndarray  # [N] int: which prompt a sample answers
     failures: tuple[Mapping[str, int], ...] = ()  # [M] how often each reason stands for a missing verdict
+    whole_prompts: tuple[bool, ...] = ()  # [M] judges a prompt's responses by each other; empty: none does
 
     def __post_init__(self) -> None:
         n, m = self.values.shape
         assert len(self.names) == len(self.kinds) == len(self.families) == m and self.prompts.shape == (n,)
         assert len(self.failures) in (0, m) and set(self.kinds) <= {"binary", "score"}
+        assert len(self.whole_prompts) in (0, m)
         if np.isinf(self.values).any():
             raise ValueError(f"verifier {self._first_column(np.isinf(self.values))!r} gave an infinite value")
         binary = np.array([kind == "binary" for kind in self.kinds], dtype=bool)
@@ -85,4 +87,5 @@ def from_records(
         families=tuple(spec.family or "" for spec in specs),
         prompts=prompts,
         failures=tuple(dict(counter) for counter in failures),
+        whole_prompts=tuple(spec.kind in KINDS and KINDS[spec.kind].whole_prompts for spec in specs),
     )

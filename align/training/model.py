@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from align.errors import InputError
-from align.recipe import Lora
 from align.training import attention
 from align.training.groups import PackedBatch
 from align.training.logps import token_logprobs
+
+if TYPE_CHECKING:
+    from align.recipe import Lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

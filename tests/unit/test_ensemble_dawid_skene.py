@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -254,3 +255,33 @@ def test_stopping_early_is_said() -> None:
     votes, _ = sums(0.6, np.random.default_rng(0))
     fit = DawidSkene(2.0, max_iterations=2)._fit_once(table_of(votes, SUM_KINDS, DECLARED))
     assert any("after 2 iterations" in warning for warning in fit.warnings)
+
+
+def test_agreement_inside_a_prompt_counts_as_one_observation() -> None:
+    """A policy that has settled on a wrong answer: frequent, and caught by a check that is otherwise always right.
+
+    100 prompts of 8 equal responses, 10 of them settled on a wrong answer.  Counted once per response, their agreement
+    outvotes the check; counted as one observation it does not.
+    """
+    wrong = np.repeat(np.arange(100) < 10, 8)
+    rng = np.random.default_rng(0)
+    stray = rng.random(800) < 0.1  # odd responses, infrequent and wrong
+    bad = wrong | stray
+    check = np.where(bad, rng.random(800) < 0.1, 1.0)
+    frequency = np.where(stray, 0.05, 0.95)
+    other = np.where(bad, rng.random(800) < 0.6, 1.0)
+    table = VerdictTable(
+        values=np.column_stack([check, other, frequency]).astype(float),
+        names=("check", "other", "frequency"),
+        kinds=("binary", "binary", "score"),
+        families=("", "", ""),
+        prompts=np.repeat(np.arange(100), 8),
+        whole_prompts=(False, False, True),
+    )
+    apart = channels(table)
+    assert [c.weight for c in apart] == [1.0, 1.0, 0.5]
+    fit = DawidSkene(2.0).fit(table)
+    caught = wrong & (check == 0.0)
+    assert (fit.p_good[caught] < 0.5).all()
+    trusting = DawidSkene(2.0).fit(replace(table, whole_prompts=()))
+    assert fit.p_good[caught].mean() < trusting.p_good[caught].mean()

@@ -37,13 +37,13 @@ from benchmarks.common import Row, paired_ratio, peak_over, print_report, reside
 VOCABULARY, EOS = 4096, 1
 PAIRS = 8  # per step
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-4, 1.0
-CASES = {"256+64": (256, 64), "64+128": (64, 128)}
+CASES = ("256+64", "64+128")
 
 Words = list[int]
 PairOfWords = tuple[Words, Words, Words]  # prompt, chosen, rejected; responses end with EOS
 
 
-def make_model(directory: Path) -> None:
+def make_model(directory: Path, layers: int = 8, width: int = 256) -> None:
     """The model and the word-level tokenizer: word i is written `wi` and has token id i."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
@@ -55,16 +55,17 @@ def make_model(directory: Path) -> None:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
     ).save_pretrained(directory)
     config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
-        pad_token_id=0, eos_token_id=EOS, bos_token_id=None,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024,
+        tie_word_embeddings=True, pad_token_id=0, eos_token_id=EOS, bos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
 
 
-def make_pairs(steps: int, prompt_tokens: int, response_tokens: int) -> list[PairOfWords]:
+def make_pairs(steps: int, case: str) -> list[PairOfWords]:
     """Random words of exact length."""
+    prompt_tokens, response_tokens = map(int, case.split("+"))
     rng = random.Random(0)
 
     def words(count: int) -> Words:
@@ -178,7 +179,7 @@ def work(side: str, case: str, model_dir: Path, steps: int, block: int) -> None:
 
     import align.training.preference  # noqa: F401
 
-    pairs = make_pairs(steps, *CASES[case])
+    pairs = make_pairs(steps, case)
     baseline = resident_bytes()
     started: tuple[float, float] | None = None
 
@@ -225,7 +226,8 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("@"):
                 return json.loads(line[1:])
-        raise SystemExit(self.process.stderr.read()[-4000:])
+        error = self.process.communicate()[1]
+        raise RuntimeError(f"the process ended early:\n{error[-4000:]}")
 
     def block(self) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -233,13 +235,19 @@ class Worker:
         self.process.stdin.flush()
         return self.listen()
 
+    def end(self) -> dict[str, Any]:
+        """Its losses and peak memory; the process is over afterwards."""
+        report = self.listen()
+        self.process.communicate()
+        return report
+
 
 def compare(case: str, model_dir: Path, blocks: int, block: int) -> list[Row]:
     """Pairs per second and peak memory of both, their blocks alternating; the losses of every step must agree."""
     steps = (blocks + 1) * block
     ours, peer = (Worker(side, case, model_dir, steps, block) for side in ("ours", "trl"))
     times = [(ours.block(), peer.block()) for _ in range(blocks + 1)][1:]  # the first block warms up
-    ours_end, peer_end = ours.listen(), peer.listen()
+    ours_end, peer_end = ours.end(), peer.end()
     worst = max(abs(a - b) for a, b in zip(ours_end["losses"], peer_end["losses"], strict=True))
     assert worst < 1e-4 and abs(ours_end["losses"][0] - peer_end["losses"][0]) < 1e-5, f"losses differ by {worst}"
     rows = []
@@ -260,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=6, help="alternating blocks per side and case")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps per block")
-    parser.add_argument("--case", choices=sorted(CASES), help="only this case")
+    parser.add_argument("--case", help="only this case, as `prompt tokens + response tokens`")
     for hidden in ("--side", "--model", "--total"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,6 +1,8 @@
-"""A rank of the training tests: `python training_job.py JOB`, JOB a JSON object; writes what it saw to job["out"].
+"""A rank of the training tests: `python training_job.py LAUNCH.json`, with {"out": path, "jobs": {name: job}}.
 
-Job keys: model, out, training, policy, rounds (how many), load, save, loss_spike (sample id whose tokens become NaN).
+Job keys: model, training, policy (recipe blocks), rounds (train until this version), save (checkpoint after the first
+round), load (go on from one), weights (write them), export (Hugging Face directory), poison (a token id whose
+embedding becomes NaN).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 
-from align.distributed import close, connect
+from align.distributed import Ranks, close, connect
 from align.errors import AlignError
 from align.recipe import Recipe
 from align.records import Pair, Sample, content_id
@@ -56,9 +58,8 @@ def preferences(prompts: int = 10) -> tuple[list[Pair], dict[str, Sample]]:
     return pairs, samples
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train as the job says and report losses, norms and the final weights' fingerprint."""
-    ranks = connect(deadline_s=120)
+def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Train as the job says; reports every step's metrics and writes what is asked for."""
     recipe = recipe_for(job["model"], job.get("training", {}), job.get("policy", {}))
     engine = PolicyEngine(Path(job["model"]), recipe, ranks, total_steps=20)
     if job.get("load"):
@@ -70,28 +71,33 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
     error = None
     try:
-        for index in range(engine.version, engine.version + job.get("rounds", 1)):
+        for index in range(engine.version, job.get("rounds", 2)):
             train_round(engine, pairs, samples, recipe, index, steps.append)
             engine.version = index + 1
+            if job.get("save") and engine.version == 1:
+                Path(job["save"]).mkdir(exist_ok=True)
+                engine.save(Path(job["save"]))
     except AlignError as caught:
         error = str(caught)
-    if job.get("save"):
-        engine.save(Path(job["save"]))
-    weights = {name: tensor.double().sum().item() for name, tensor in engine.named_weights()}
+    weights = {name: tensor.clone() for name, tensor in engine.named_weights()}
+    if job.get("weights") and ranks.rank == 0:
+        torch.save(weights, job["weights"])
     if job.get("export"):
         engine.save_pretrained(Path(job["export"]), recipe.export.lora)
-    if job.get("weights") and ranks.rank == 0:
-        torch.save({n: t.clone() for n, t in engine.named_weights()}, job["weights"])
-    elif job.get("weights"):
-        list(engine.named_weights())
     engine.close()
+    return {"steps": steps, "error": error, "step": engine.step, "weights": {k: float(w.double().sum()) for k, w in weights.items()}}
+
+
+def main() -> None:
+    """All jobs of one launch, one after the other in one process per rank; a job may fail where it says so."""
+    launch = json.loads(Path(sys.argv[1]).read_text())
+    ranks = connect(deadline_s=120)
+    reports = {name: run(job, ranks) for name, job in launch["jobs"].items()}
+    Path(f"{launch['out']}.{ranks.rank}").write_text(json.dumps(reports))
     close(ranks)
-    return {"steps": steps, "weights": weights, "error": error, "rank": ranks.rank, "step": engine.step}
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    given = json.loads(sys.argv[1])
-    report = run(given)
-    Path(f"{given['out']}.{report['rank']}").write_text(json.dumps(report))
+    main()

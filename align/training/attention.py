@@ -101,11 +101,16 @@ def common_starts(batch: PackedBatch) -> list[int]:
 def build_mask(batch: PackedBatch, dtype: torch.dtype) -> Any:
     """The rule made ready for `packed_attention`, once for all layers: Blocks on CPU, a BlockMask on GPU."""
     if batch.input_ids.device.type == "cuda":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        rows, width = batch.input_ids.shape
-        return create_block_mask(visibility(batch), rows, None, width, width, device=str(batch.input_ids.device))
+        return flex_mask(batch)
     return cut_into_blocks(dense_mask(batch)[:, 0], common_starts(batch), dtype)
+
+
+def flex_mask(batch: PackedBatch) -> Any:
+    """The rule as FlexAttention's BlockMask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, width = batch.input_ids.shape
+    return create_block_mask(visibility(batch), rows, None, width, width, device=str(batch.input_ids.device))
 
 
 def packed_attention(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.training.attention import common_starts, cut_into_blocks, dense_mask, packed_attention
+from align.training.attention import common_starts, cut_into_blocks, dense_mask, flex_mask, packed_attention
 from align.training.groups import PADDING, Group, lay_out, pack, plan_batches
 
 EXAMPLE = Group(prompt=(4, 5, 15), responses=((8, 1), (9, 9, 1)))
@@ -136,3 +136,17 @@ def test_rows_of_one_shape_compute_no_masked_block() -> None:
         (slice(7, 9), (slice(0, 4), slice(7, 9))),
     ]
     assert blocks[2].mask[0, 0].tolist() == [[0.0] * 5 + [float("-inf")], [0.0] * 6]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_sees_what_the_dense_mask_says() -> None:
+    """The GPU's block mask, run uncompiled on the CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.manual_seed(0)
+    batch = pack([Group((1, 2, 3), ((4, 5), (6,))), Group((7,), ((8, 9), (3, 3))), EXAMPLE], 600, multiple=128)[0]
+    query, key, value = (torch.randn(*batch.input_ids.shape[:1], h, batch.input_ids.shape[1], 16) for h in (4, 2, 2))
+    found = flex_attention(query, key, value, block_mask=flex_mask(batch), enable_gqa=True)
+    scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) / 4).masked_fill(~dense_mask(batch), float("-inf"))
+    expected = scores.softmax(-1) @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

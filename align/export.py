@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +31,19 @@ _ENGINE = "the check of the export"  # where messages say that an engine setting
 
 
 def export(
-    policy: PolicyEngine, store: RunStore, recipe: Recipe, *, card: str, probes: Sequence[Probe], name: str = NAME
+    policy: PolicyEngine,
+    store: RunStore,
+    recipe: Recipe,
+    *,
+    card: str,
+    probes: Sequence[Probe],
+    name: str = NAME,
+    on_checked: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Commit the policy as `<name>/` with `card` as its README.md; returns how well the reloaded copies agree.
 
-    Collective.  Raises RunError, and leaves no directory, where a copy's log-probs on `probes` differ from the trained
+    `on_checked` gets the report before the commit.  Collective.
+    Raises RunError, and leaves no directory, where a copy's log-probs on `probes` differ from the trained
     policy's by more than `export.tolerance` nats on average.
     """
     limit = recipe.export.tolerance or TOLERANCES[recipe.policy.dtype]
@@ -49,12 +57,13 @@ def export(
                 (directory / "README.md").write_text(card, encoding="utf-8")
                 _check_tokenizer(directory, policy)
                 with _timed(report, "transformers"):
-                    found = _by_transformers(directory, recipe, probes)
+                    found = _by_transformers(directory, policy.model_dir, recipe, probes)
                 report["transformers"] = _compare("transformers", trained, found, limit)
         with policy.ranks.stage("reload the export in vLLM"), _timed(report, "vllm"):
-            found = _by_vllm(directory, recipe, probes, policy.ranks.world_size)
+            found = _by_vllm(directory, policy.model_dir, recipe, probes, policy.ranks.world_size)
             report["vllm"] = _compare("vLLM", trained, found, limit)
         report |= {"probe_tokens": len(trained), "bytes": sum(f.stat().st_size for f in directory.iterdir())}
+        on_checked(report)
     return report
 
 
@@ -88,19 +97,17 @@ def _is_adapter(directory: Path) -> bool:
     return (directory / "adapter_config.json").is_file()
 
 
-def _base_of(directory: Path) -> Path:
-    """The model that an adapter belongs to."""
-    return Path(json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"])
+def _by_transformers(directory: Path, base: Path, recipe: Recipe, probes: Sequence[Probe]) -> np.ndarray:
+    """Log-probs of the probes' responses by a fresh transformers model, one sequence at a time.
 
-
-def _by_transformers(directory: Path, recipe: Recipe, probes: Sequence[Probe]) -> np.ndarray:
-    """Log-probs of the probes' responses by a fresh transformers model, one sequence at a time."""
+    `base` is the model that an adapter belongs to.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     adapter = _is_adapter(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        _base_of(directory) if adapter else directory,
+        base if adapter else directory,
         dtype=getattr(torch, recipe.policy.dtype),
         use_safetensors=True,
     )
@@ -119,10 +126,10 @@ def _by_transformers(directory: Path, recipe: Recipe, probes: Sequence[Probe]) -
     return np.concatenate(found)
 
 
-def _by_vllm(directory: Path, recipe: Recipe, probes: Sequence[Probe], world_size: int) -> np.ndarray:
+def _by_vllm(directory: Path, base: Path, recipe: Recipe, probes: Sequence[Probe], world_size: int) -> np.ndarray:
     """Log-probs of the probes' responses by a fresh vLLM engine with room for the probes only.  Collective."""
     adapter = _is_adapter(directory)
-    model_dir = _base_of(directory) if adapter else directory
+    model_dir = base if adapter else directory
     config = json.loads((model_dir / "config.json").read_text())
     longest = max(len(prompt) + len(response) for prompt, response in probes) + 1
     tokens = longest * len(probes)

@@ -34,7 +34,7 @@ def run_loop(run: Run) -> None:
         for stage in (sample, score, pair, train):
             stage(run, round_index)
             reach(f"loop.{stage.__name__}.after")
-        run.write_summary("running")
+            run.write_summary("running")
     evaluate(run, rounds)
     reach("loop.export.before")
     export(run)
@@ -54,9 +54,13 @@ def run_stage(run: Run, stage: Callable[[Run, int], object], round_index: int | 
             f"--round {wanted}: the run stands at round {current}; train round {current} first (`align train`)"
         )
     last = run.recipe.rounds.count - (stage is not evaluate)
+    if wanted > last and round_index is None:
+        raise InputError("every round of the recipe is trained; `align evaluate` and `align export` are left")
     if wanted > last:
         raise InputError(f"--round {wanted}: the recipe's last round is {last} (rounds.count)")
     stage(run, wanted)
+    if not run.store.finished:
+        run.write_summary("running")
 
 
 STAGES: dict[str, Callable[[Run, int], object]] = {
@@ -70,13 +74,15 @@ STAGES: dict[str, Callable[[Run, int], object]] = {
 
 def run_verb(recipe: Recipe, verb: str, round_index: int | None = None) -> int:
     """What `align VERB` does on this rank; returns the exit status.  Collective: every rank calls it."""
-    ranks = distributed.connect()
+    ranks = distributed.connect(recipe.rank_timeout_s)
     try:
         with Run.open(recipe, ranks) as run:
             if verb == "run":
                 run_loop(run)
             elif verb == "export":
                 export(run)
+                if not run.store.finished:
+                    run.write_summary("running")
             else:
                 run_stage(run, STAGES[verb], round_index)
     finally:

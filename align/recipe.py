@@ -287,7 +287,11 @@ class Evaluation(Block):
     samples_per_prompt: Count = 4
     """Responses per held-out prompt."""
     temperature: Positive = 1.0
-    """Softmax temperature of the evaluation samples."""
+    """Softmax temperature of the evaluation samples; `kl` is reported at 1 only, with nothing cut off."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus of the evaluation samples."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Tokens kept in the evaluation samples; 0 keeps all."""
     k: tuple[Count, ...] = (1, 4)
     """pass@k is reported for these k."""
     every: Count = 1
@@ -326,6 +330,8 @@ class Recipe(Block):
     """Seed of everything that is drawn."""
     output_dir: str = "runs"
     """Directory that holds the run's directory."""
+    rank_timeout_s: Positive = 7200.0
+    """Longest that a rank waits for another, seconds; must exceed the longest shard of samples."""
     policy: Policy
     cold_start: ColdStart | None = None
     prompts: Prompts = Prompts()
@@ -354,6 +360,10 @@ class Recipe(Block):
             wrong.append("policy.from_scratch: a random model cannot sample; add a `cold_start` block")
         if self.cold_start is not None and self.cold_start.source == "prompts" and self.prompts.source != "arithmetic":
             wrong.append("cold_start.source: `prompts` writes solutions for the arithmetic task only; name a file")
+        if self.export.lora == "keep" and self.policy.lora is not None and self.cold_start is not None:
+            wrong.append(
+                "export.lora: the adapter's base would be this run's cold start, which nobody else has; use `merge`"
+            )
         if self.sampling.max_new_tokens >= (self.policy.from_scratch or Scratch(context=10**9)).context:
             wrong.append("sampling.max_new_tokens: leaves no room for a prompt in policy.from_scratch.context")
         for place, verifier in enumerate(self.verifiers):

@@ -10,22 +10,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.distributed import Ranks
-from align.errors import InputError
+from align.errors import InputError, RunError
 from align.faults import reach
-from align.model_files import check_model_dir, fingerprint, resolve_model
+from align.inputs import check_inputs
+from align.model_files import check_model_dir, resolve_model
 from align.progress import say
 from align.prompts import PromptSet, load_prompts, round_prompts
 from align.recipe import Recipe
 from align.records import Prompt, Sample
-from align.sampling.environment import check_engine_settings, context_length
+from align.sampling.environment import context_length
 from align.store import RunStore
 from align.summary import build_summary, render_evaluation, render_report, verifier_rows
-from align.verifiers import registry
 from align.verifiers.runner import VerifierPool
 from align.verifiers.spec import RewardModelSpec
 
@@ -69,24 +68,34 @@ class Run:
             run.say(line)
         try:
             yield run
-        except BaseException:
-            run.close(failed=True)
+        except BaseException as error:
+            run.close(error)
             raise
-        run.close(failed=False)
+        run.close(None)
 
-    def close(self, *, failed: bool) -> None:
-        """Stop the engines and the verifier processes; a failed run says so in its summary."""
-        for pool in self._pools.values():
-            pool.close()
-        for reward_model in self._reward_models:
-            reward_model.close()
+    def close(self, error: BaseException | None) -> None:
+        """Stop the engines and the verifier processes; a run that failed, not one that was asked wrongly, says so.
+
+        After an error, what goes wrong here is told and left: the user must see the first error, not the last.
+        """
+        steps: list[Callable[[], object]] = [pool.close for pool in self._pools.values()]
+        steps += [model.close for model in self._reward_models]
         if self._policy is not None:
-            self._policy.close()  # before the sampler, which takes the process group down with it
+            steps.append(self._policy.close)
         if self._sampler is not None:
-            self._sampler.close()
-        if failed and not self.store.finished:
-            self.write_summary("failed")
-        self.store.close()
+            steps.append(self._sampler.close)
+        if error is not None and not isinstance(error, InputError):
+            steps.insert(0, lambda: self.write_summary("done" if self.store.finished else "failed"))
+        try:
+            for step in steps:
+                try:
+                    step()
+                except Exception as second:
+                    if error is None:
+                        raise
+                    self.say(f"while stopping: {second}")
+        finally:
+            self.store.close()
 
     def plan(self) -> None:
         """Work out what the run will take and keep it as plan.json; refuses what cannot fit, before anything loads."""
@@ -119,7 +128,7 @@ class Run:
         with self.timed("cold_start"):
             with self.store.commit_directory("cold_start") as directory:
                 report = cold_start(start, self.recipe, self.prompts(), directory, self.ranks)
-            self.keep(None, "cold_start_report", report)
+                self.keep(None, "cold_start_report", report)  # before the commit, so that no kill can part the two
         reach("loop.cold_start.after")
         committed = self.store.verify_directory("cold_start")
         assert committed is not None
@@ -193,7 +202,7 @@ class Run:
 
             with self.timed("sync"):
                 report = sync(self._sampler, policy, self.probes(), self.recipe.sampling.attest_tolerance)
-            self.keep(policy.version, "sync", asdict(report))
+            self.keep(policy.version, "sync", report.to_dict())
             self._synced_version = policy.version
         return self._sampler
 
@@ -218,9 +227,14 @@ class Run:
         walks the vocabulary so that rarely used embedding rows are looked at too."""
         prompts = self.prompts().train[:PROBE_PROMPTS]
         found = [(p.token_ids[:1], p.token_ids[1:]) for p in prompts if len(p.token_ids) > 1]
-        policy = self.policy()
+        policy, sampling = self.policy(), self.recipe.sampling
         vocabulary = policy.vocabulary_size
-        length = min(PROBE_TOKENS, vocabulary, (context_length(check_model_dir(self.model_dir())) or PROBE_TOKENS) - 1)
+        context = context_length(check_model_dir(self.model_dir())) or PROBE_TOKENS
+        if self.recipe.prompts.max_tokens is not None:
+            context = min(context, self.recipe.prompts.max_tokens + sampling.max_new_tokens)
+        context = min(context, sampling.engine.get("max_model_len") or context)
+        found = [pair for pair in found if len(pair[0]) + len(pair[1]) < context]
+        length = min(PROBE_TOKENS, vocabulary, context - 1)
         stride = next(s for s in range(vocabulary // length or 1, vocabulary + 1) if math.gcd(s, vocabulary) == 1)
         walk = tuple(i * stride % vocabulary for i in range(length))
         return [*found, (walk[:1], walk[1:])]
@@ -228,8 +242,8 @@ class Run:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run at most: what the learning-rate schedule spans."""
         training, per_prompt = self.recipe.training, pairs_per_prompt(self.recipe)
-        pairs = self.recipe.rounds.prompts_per_round * per_prompt * training.epochs
-        return self.recipe.rounds.count * math.ceil(pairs / training.pairs_per_step)
+        pairs = self.recipe.rounds.prompts_per_round * per_prompt
+        return self.recipe.rounds.count * training.epochs * math.ceil(pairs / training.pairs_per_step)
 
     # ---- what the stages ask for ---------------------------------------------------------------------------
 
@@ -245,6 +259,8 @@ class Run:
             while len(self._cache) >= 2:
                 self._cache.pop(next(iter(self._cache)))
             self._cache[key] = self.store.read(round_index, stage)
+            if repeated := self.store.duplicates[key]:
+                raise RunError(f"round {round_index}: {repeated} rows of {stage} are there twice: the run is not sound")
         return self._cache[key]
 
     def samples_per_shard(self, source: str) -> int:
@@ -265,7 +281,7 @@ class Run:
 
         Split over the ranks and put together again, so every rank returns the whole.
         """
-        policy, ranks = self.policy(), self.ranks
+        policy, ranks, settings = self.policy(), self.ranks, self.recipe.evaluation
         mine = [i for i in range(len(samples)) if i % ranks.world_size == ranks.rank]
         sequences = [(samples[i].prompt_ids, samples[i].response_ids) for i in mine]
         now = policy.token_logprobs(sequences, entropy=True)
@@ -276,7 +292,9 @@ class Run:
             for i, a, b, e in zip(mine, now.logprobs, reference.logprobs, now.entropies, strict=True)
         ]
         everything = sorted(row for part in ranks.gather(rows) for row in part)
-        return {"kl": [r[1] for r in everything], "entropy": [r[2] for r in everything]}
+        own = settings.temperature == 1.0 and settings.top_p == 1.0 and settings.top_k == 0
+        kl = {"kl": [r[1] for r in everything]} if own else {}  # a mean over other samples than the policy's is no KL
+        return {**kl, "entropy": [r[2] for r in everything]}
 
     # ---- what is told --------------------------------------------------------------------------------------
 
@@ -353,36 +371,3 @@ def pairs_per_prompt(recipe: Recipe) -> int:
     n, pairs = recipe.sampling.samples_per_prompt, recipe.pairs
     most = {"best_worst": 1, "all_margin": n * (n - 1) // 2, "top_bottom": min(pairs.k, n // 2) ** 2}[pairs.builder]
     return min(most, pairs.max_per_prompt or most)
-
-
-def check_inputs(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
-    """What the recipe names outside itself: remarks for the user, and hashes that a resumed run must find again.
-
-    Raises InputError with every fault at once: model directory, engine settings, the files of every verifier.
-    """
-    remarks: list[str] = []
-    identity: dict[str, str] = {}
-    faults: list[str] = []
-    policy, gold = recipe.policy, recipe.evaluation.gold
-
-    def model() -> None:
-        if policy.model is not None:
-            path = resolve_model(policy.model, policy.revision)
-            check_model_dir(path)
-            identity["model"] = fingerprint(path)
-
-    checks: list[Callable[[], object]] = [
-        model,
-        lambda: check_engine_settings(recipe.sampling.engine, "sampling.engine"),
-        *(lambda spec=spec: remarks.extend(registry.check(spec)) for spec in recipe.verifiers),
-    ]
-    if gold is not None:
-        checks.append(lambda: remarks.extend(registry.check(gold, where="evaluation.gold")))
-    for check in checks:
-        try:
-            check()
-        except InputError as error:
-            faults.append(str(error))
-    if faults:
-        raise InputError("\n".join(faults))
-    return remarks, identity

@@ -7,13 +7,14 @@ depends on its prompts alone, not on which rank drew it or on what was drawn bef
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from align.ensemble.combine import combine, to_scores
 from align.ensemble.table import from_records
-from align.errors import RunError
+from align.errors import InputError, RunError
 from align.evaluation.metrics import evaluate as measure
 from align.evaluation.report import ensemble_report
 from align.pairs import build_pairs
@@ -39,7 +40,12 @@ def _sample_shards(run: Run, round_index: int, purpose: Literal["train", "eval"]
     stage = "samples" if purpose == "train" else "eval_samples"
     settings = recipe.sampling if purpose == "train" else recipe.evaluation
     if store.stage_done(round_index, stage):
-        return
+        return _check_cut(run, round_index, stage)
+    if round_index != run.version:
+        raise InputError(
+            f"round {round_index} has no {stage}, and the policy stands at round {run.version}: the weights that would "
+            "have to draw them are gone"
+        )
     shards = _shards(prompts, recipe.sampling.prompts_per_shard)
     pending = ranks.broadcast([i for i in range(len(shards)) if not store.shard_done(round_index, stage, i)])
     sampler = run.synced_sampler() if pending else None
@@ -54,6 +60,8 @@ def _sample_shards(run: Run, round_index: int, purpose: Literal["train", "eval"]
                     policy_version=run.version,
                     n=settings.samples_per_prompt,
                     temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    top_k=settings.top_k,
                     purpose=purpose,
                     seed=recipe.seed,
                 )
@@ -187,7 +195,15 @@ def train(run: Run, round_index: int) -> None:
     with run.timed("train"), run.ranks.stage("train"):
         if pairs:
             samples = {s.id: s for s in run.read(round_index, "samples")}
-            report = train_round(policy, pairs, samples, run.recipe, round_index, on_step=run.append_metrics)
+            settings = run.recipe.training
+            steps = settings.epochs * math.ceil(len(pairs) / settings.pairs_per_step)
+            with track(f"round {round_index}: train", total=steps, unit="steps") as bar:
+
+                def on_step(row: dict[str, Any]) -> None:
+                    run.append_metrics(row)
+                    bar.advance()
+
+                report = train_round(policy, pairs, samples, run.recipe, round_index, on_step=on_step)
             run.keep(round_index, "training", asdict(report))
     with run.timed("checkpoint"):
         policy.version = round_index + 1
@@ -246,10 +262,15 @@ def export(run: Run) -> None:
     name = "export" if final else f"export-{run.version:05d}"
     if run.store.verify_directory(name) is None:
         with run.timed("export"):
-            report = write_export(
-                run.policy(), run.store, run.recipe, name=name, card=run.model_card(), probes=run.probes()
+            write_export(
+                run.policy(),
+                run.store,
+                run.recipe,
+                name=name,
+                card=run.model_card(),
+                probes=run.probes(),
+                on_checked=lambda report: run.keep(None, f"{name}_report", report),
             )
-        run.keep(None, f"{name}_report", report)
     run.say(f"exported to {run.store.root / name}")
 
 

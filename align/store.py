@@ -347,9 +347,16 @@ def _take(given: Path, allow_new: bool) -> tuple[Path, RunLock]:
 def _begin_or_check(root: Path, recipe: Recipe, identity: Mapping[str, str], allow_new: bool) -> list[str]:
     """Rank 0, with the lock: what changed in the environment since the run began."""
     if provenance.is_run(root):
-        notices = provenance.check(root, recipe, identity)
-        _clear_leftovers(root)
-        return notices
+        try:
+            notices = provenance.check(root, recipe, identity)
+        except InputError:
+            if any((root / made).exists() for made in _MADE):
+                raise
+            for written in _BEFORE_WORK:  # the recipe was mended before anything was made with it: begin again
+                remove(root / written, "store.begin_again")
+        else:
+            _clear_leftovers(root)
+            return notices
     if not allow_new:
         raise InputError(f"{root}: no run was begun there; start it with `align run`")
     _clear_leftovers(root)
@@ -360,6 +367,8 @@ def _begin_or_check(root: Path, recipe: Recipe, identity: Mapping[str, str], all
     return []
 
 
+_MADE = ("rounds", "checkpoints", "cold_start", "export", "metrics.jsonl")  # any of these is work done with a recipe
+_BEFORE_WORK = ("run.json", "scratch", "prompts.json", "plan.json", "summary.json", "environment.json", "recipe.yaml")
 _BEGUN_WITH = ("lock", "lock.ranks", "recipe.yaml", "environment.json")
 
 

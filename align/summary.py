@@ -39,7 +39,7 @@ def build_summary(recipe: Recipe, store: RunStore, status: str, seconds: Mapping
             "sampled": _total(rounds, "samples_report", "tokens") + _total(rounds, "eval_samples_report", "tokens"),
             "trained": _total(rounds, "training", "tokens"),
         },
-        "evaluation": {"before": evaluated[0][1], "after": evaluated[-1][1]} if evaluated else {},
+        "evaluation": _before_and_after(evaluated),
         "verifiers": ensembles[-1]["verifiers"] if ensembles else {},
         "ensemble": [r["ensemble"] and _without(r["ensemble"], "verifiers") for r in rounds[:-1]],
         "overoptimisation": asdict(proxy_gold_gap([e for _, e in evaluated])) if len(evaluated) > 1 else None,
@@ -52,6 +52,14 @@ def build_summary(recipe: Recipe, store: RunStore, status: str, seconds: Mapping
         "export": store.read_json(None, "export_report"),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def _before_and_after(evaluated: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The evaluation of version 0, where there is one, and the newest."""
+    if not evaluated:
+        return {}
+    (first, metrics), (_, newest) = evaluated[0], evaluated[-1]
+    return {"before": metrics, "after": newest} if first == 0 else {"after": newest}
 
 
 def _round(store: RunStore, index: int) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def _interval(estimate: Mapping[str, float] | None) -> str:
 
 def render_report(summary: Mapping[str, Any], root: Path) -> None:
     """The closing report: before and after, the ensemble against its verifiers, and where the time went."""
-    before, after = summary["evaluation"]["before"], summary["evaluation"]["after"]
+    before, after = summary["evaluation"].get("before", {}), summary["evaluation"]["after"]
     say("")
     say(f"{'metric':<24}{'before':>30}{'after':>30}")
     for name in _in_order(after):

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from align.errors import InputError, RunError
 from align.model_files import check_model_dir
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from align.distributed import Ranks
 
 _DECODE_TAIL = 8  # prompt tokens decoded in front of a response, so that its first space is not lost
+
+
+class Drawn(NamedTuple):
+    """How responses are drawn."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
 
 
 class Sampler:
@@ -64,6 +73,8 @@ class Sampler:
         temperature: float,
         purpose: Literal["train", "eval"],
         seed: int,
+        top_p: float = 1.0,
+        top_k: int = 0,
     ) -> list[Sample]:
         """`n` responses to each prompt, in prompt order and then by index."""
         if not prompts:
@@ -71,18 +82,19 @@ class Sampler:
         for prompt in prompts:
             self._check_fits(prompt)
         self.llm.reset_prefix_cache()
+        drawn = Drawn(temperature, top_p, top_k, self._settings.max_new_tokens)
         requests, parameters, seeds = [], [], []
         for prompt in prompts:
             for index in range(n):
                 seeds.append(int(content_id(seed, purpose, prompt.id, policy_version, index), 16) % 2**31)
-                parameters.append(self._parameters(temperature, seeds[-1]))
+                parameters.append(self._parameters(drawn, seeds[-1]))
                 requests.append({"prompt_token_ids": list(prompt.token_ids)})
         outputs = self.llm.generate(requests, parameters, use_tqdm=False)
         completions = [output.outputs[0] for output in outputs]
         asked = [prompt for prompt in prompts for _ in range(n)]
         texts = self._decode([(p.token_ids, c.token_ids) for p, c in zip(asked, completions, strict=True)])
         return [
-            self._record(prompt, i % n, policy_version, request_seed, completion, text, temperature)
+            _record(prompt, i % n, policy_version, request_seed, completion, text, drawn)
             for i, (prompt, request_seed, completion, text) in enumerate(
                 zip(asked, seeds, completions, texts, strict=True)
             )
@@ -108,14 +120,14 @@ class Sampler:
         if llm is not None:
             environment.close_llm(llm)
 
-    def _parameters(self, temperature: float, seed: int) -> Any:
+    def _parameters(self, drawn: Drawn, seed: int) -> Any:
         from vllm import SamplingParams
 
         return SamplingParams(
-            temperature=temperature,
-            top_p=self._settings.top_p,
-            top_k=self._settings.top_k,
-            max_tokens=self._settings.max_new_tokens,
+            temperature=drawn.temperature,
+            top_p=drawn.top_p,
+            top_k=drawn.top_k,
+            max_tokens=drawn.max_new_tokens,
             seed=seed,
             stop_token_ids=list(self.stop_ids),
             logprobs=0,
@@ -143,32 +155,31 @@ class Sampler:
         alone = decode([list(r) for _, r in pairs], skip_special_tokens=True)
         return [j[len(t) :] if j.startswith(t) else a for t, j, a in zip(tails, joined, alone, strict=True)]
 
-    def _record(
-        self, prompt: Prompt, index: int, version: int, seed: int, output: Any, text: str, temperature: float
-    ) -> Sample:
-        response = tuple(output.token_ids)
-        logprobs = tuple(step[token].logprob for token, step in zip(response, output.logprobs, strict=True))
-        if output.finish_reason not in ("stop", "length") or not all(map(math.isfinite, logprobs)):
-            raise RunError(
-                f"the sampler gave no usable response to prompt {prompt.id} (finish reason {output.finish_reason}, "
-                f"log-probs {logprobs[:3]}…): the policy's weights may hold NaN or infinity"
-            )
-        return Sample(
-            id=content_id(prompt.id, version, seed, index),
-            prompt_id=prompt.id,
-            index=index,
-            policy_version=version,
-            seed=seed,
-            prompt_ids=tuple(prompt.token_ids),
-            response_ids=response,
-            logprobs=logprobs,
-            text=text,
-            finish_reason=output.finish_reason,
-            temperature=temperature,
-            top_p=self._settings.top_p,
-            top_k=self._settings.top_k,
-            max_new_tokens=self._settings.max_new_tokens,
+
+def _record(prompt: Prompt, index: int, version: int, seed: int, output: Any, text: str, drawn: Drawn) -> Sample:
+    response = tuple(output.token_ids)
+    logprobs = tuple(step[token].logprob for token, step in zip(response, output.logprobs, strict=True))
+    if output.finish_reason not in ("stop", "length") or not all(map(math.isfinite, logprobs)):
+        raise RunError(
+            f"the sampler gave no usable response to prompt {prompt.id} (finish reason {output.finish_reason}, "
+            f"log-probs {logprobs[:3]}…): the policy's weights may hold NaN or infinity"
         )
+    return Sample(
+        id=content_id(prompt.id, version, seed, index),
+        prompt_id=prompt.id,
+        index=index,
+        policy_version=version,
+        seed=seed,
+        prompt_ids=tuple(prompt.token_ids),
+        response_ids=response,
+        logprobs=logprobs,
+        text=text,
+        finish_reason=output.finish_reason,
+        temperature=drawn.temperature,
+        top_p=drawn.top_p,
+        top_k=drawn.top_k,
+        max_new_tokens=drawn.max_new_tokens,
+    )
 
 
 def prompt_logprobs(llm: Any, sequences: Sequence[Sequence[int]], adapter: Any = None) -> list[list[float]]:

@@ -154,7 +154,10 @@ class RoundFiles:
         return sorted(path for path in self.directory.iterdir() if pattern.fullmatch(path.name))
 
     def _mend(self, stage: str) -> str:
-        return f"Delete {self.directory} and start the run again: the round is made again from its {stage} on"
+        return (
+            f"Restore it from a backup; or, where no checkpoint is newer than round {self._round}, delete "
+            f"{self.directory} and start the run again: the round is made again"
+        )
 
     def discard(self, stage: str) -> list[str]:
         """Take a stage, what was made from it, and the round's reports out of the manifest, then off the disk.
@@ -201,7 +204,7 @@ class RoundFiles:
             return None
         path = self.directory / f"{name}.json"
         if problem := mismatch(path, _record(recorded)):
-            raise RunError(f"{problem}. Delete {self.directory} and start the run again to make the round anew.")
+            raise RunError(f"{problem}. {self._mend(name)}.")
         return read_document(path)
 
     def _manifest(self) -> dict[str, Any]:

@@ -73,7 +73,8 @@ class PolicyEngine:
         self.tokenizer = AutoTokenizer.from_pretrained(self.model_dir)
         torch.manual_seed(recipe.seed)  # adapters start alike on every rank
         network = model.load_network(self.model_dir, policy.dtype, training.gradient_checkpointing)
-        self.peft = model.add_lora(network, policy.lora, self.model_dir) if policy.lora is not None else None
+        base = policy.model or str(model_dir)  # as the recipe names it: an adapter travels, a local path does not
+        self.peft = model.add_lora(network, policy.lora, base) if policy.lora is not None else None
         self.model = network
         self.vocabulary_size = network.get_input_embeddings().num_embeddings
         self._wrapped = model.PolicyNetwork(network)
@@ -174,6 +175,7 @@ class PolicyEngine:
         logprobs = [np.zeros(0, np.float32) for _ in sequences]
         entropies = [np.zeros(0, np.float32) for _ in sequences] if entropy else None
         groups, places = _group_by_prompt(sequences, self.recipe.training.tokens_per_batch)
+        missing = self._missing_forwards(groups)  # asked before the first forward: ZeRO-3 gathers weights inside each
         with self._evaluating(reference) as evaluate:
             for batch in self._batches(groups):
                 found = evaluate(batch.to(self.device), self.recipe.training.logit_chunk_tokens, entropy)
@@ -182,7 +184,7 @@ class PolicyEngine:
                     if values is not None and out is not None:
                         for (g, r), part in zip(batch.members, np.split(values.cpu().numpy(), cuts), strict=True):
                             out[places[g][r]] = part
-            for _ in range(self._missing_forwards(groups)):
+            for _ in range(missing):
                 evaluate(dummy_batch().to(self.device), self.recipe.training.logit_chunk_tokens, entropy)
         return TokenStats(logprobs, entropies)
 

@@ -105,7 +105,7 @@ def _refuse_unsupported(network: Any, model_dir: Path) -> None:
         raise InputError(f"{model_dir}: not a causal language model: it has no output head")
 
 
-def add_lora(network: Any, lora: Lora, model_dir: Path) -> Any:
+def add_lora(network: Any, lora: Lora, base: str) -> Any:
     """Put adapters into the network, in place, and return PEFT's view of it."""
     from peft import LoraConfig, get_peft_model
 
@@ -116,7 +116,7 @@ def add_lora(network: Any, lora: Lora, model_dir: Path) -> Any:
         lora_dropout=lora.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(model_dir),
+        base_model_name_or_path=base,
     )
     try:
         peft_model = get_peft_model(network, config)

@@ -109,8 +109,8 @@ def test_a_verifier_file_that_is_not_there_is_named_before_anything_starts(tmp_p
 def test_a_round_without_a_pair_stops_or_goes_on_as_the_recipe_says(
     tiny_recipe: Path, align: Callable[..., Finished]
 ) -> None:
-    """At a temperature near zero a prompt's responses are all the same, so no pair can be made of them."""
-    frozen = ["sampling.temperature=1e-4", "rounds.count=1"]
+    """With one token to choose from a prompt's responses are all the same, so no pair can be made of them."""
+    frozen = ["sampling.top_k=1", "rounds.count=1"]
     stopped = align("run", tiny_recipe, *frozen)
     assert stopped.status == 1
     assert "not one usable pair" in stopped.err and "identical" in stopped.err

@@ -25,14 +25,18 @@ ROOT = Path(__file__).parents[2]
 NLL = {"loss": {"nll_weight": 0.3}}
 LORA = {"lora": {"r": 4, "dropout": 0.1}}
 
+SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+"""Without this DeepSpeed keeps every parameter of a model this small whole, and nothing is gathered in a forward."""
+
+
 RESUMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # name: (ranks, training, policy)
     "plain": (1, {}, {}),
     "bfloat16": (1, {"zero_stage": 2, "schedule": "cosine", "warmup_steps": 2}, {"dtype": "bfloat16"}),
     "offload": (1, {"zero_stage": 3, "offload": "all"}, {"lora": {"r": 4}}),
     "stage2": (2, {"zero_stage": 2}, {}),
-    "stage3": (2, {"zero_stage": 3}, {}),
+    "stage3": (2, {"zero_stage": 3, "deepspeed": SHARDED}, {}),
     "lora2": (2, {"zero_stage": 2}, LORA),
-    "lora3": (2, {"zero_stage": 3, "gradient_checkpointing": True}, {"lora": {"r": 4}}),
+    "lora3": (2, {"zero_stage": 3, "gradient_checkpointing": True, "deepspeed": SHARDED}, {"lora": {"r": 4}}),
 }
 KNOBS: dict[str, dict[str, Any]] = {
     "tokens_per_batch": {"tokens_per_batch": 1},
@@ -62,6 +66,7 @@ def first_jobs(ranks: int, where: Path) -> dict[str, dict[str, Any]]:
     else:
         small = {**NLL, "tokens_per_batch": 24}
         jobs |= {f"two{stage}": {"training": {**small, "zero_stage": stage}} for stage in range(4)}
+        jobs["two3"]["training"]["deepspeed"] = SHARDED
     jobs["poison"] = {"poison": poison(), "training": {"pairs_per_step": 100, "zero_stage": 2 * (ranks > 1)}}
     return jobs
 

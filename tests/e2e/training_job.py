@@ -85,7 +85,8 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     if job.get("export"):
         engine.save_pretrained(Path(job["export"]), recipe.export.lora)
     engine.close()
-    return {"steps": steps, "error": error, "step": engine.step, "weights": {k: float(w.double().sum()) for k, w in weights.items()}}
+    sums = {k: float(w.double().sum()) for k, w in weights.items()}
+    return {"steps": steps, "error": error, "step": engine.step, "weights": sums}
 
 
 def main() -> None:

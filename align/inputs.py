@@ -1,0 +1,55 @@
+"""What a recipe names outside itself, looked at before anything heavy starts: models, engine settings, word lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from align.errors import InputError
+from align.model_files import check_model_dir, fingerprint, resolve_model
+from align.recipe import Recipe
+from align.sampling.environment import check_engine_settings
+from align.storage.durable import hash_file
+from align.verifiers import registry
+from align.verifiers.spec import RewardModelSpec, VerifierSpec
+
+
+def check_inputs(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
+    """What the recipe names outside itself: remarks for the user, and hashes that a resumed run must find again.
+
+    Raises InputError with every fault at once: model directory, engine settings, the files of every verifier.
+    """
+    remarks: list[str] = []
+    identity: dict[str, str] = {}
+    faults: list[str] = []
+    policy, gold = recipe.policy, recipe.evaluation.gold
+
+    def model() -> None:
+        if policy.model is not None:
+            path = resolve_model(policy.model, policy.revision)
+            check_model_dir(path)
+            identity["model"] = fingerprint(path)
+
+    def verifier(spec: VerifierSpec, where: str) -> None:
+        remarks.extend(registry.check(spec, where))
+        for key in ("file", "negative_file"):
+            if getattr(spec, key, None) is not None:
+                identity[f"{where}.{key}"] = hash_file(Path(getattr(spec, key))).sha256
+        if isinstance(spec, RewardModelSpec):
+            identity[f"{where}.model"] = fingerprint(resolve_model(spec.model, spec.revision))
+
+    checks: list[Callable[[], object]] = [
+        model,
+        lambda: check_engine_settings(recipe.sampling.engine, "sampling.engine"),
+        *(lambda spec=spec: verifier(spec, f"verifiers.{spec.name}") for spec in recipe.verifiers),
+    ]
+    if gold is not None:
+        checks.append(lambda: verifier(gold, "evaluation.gold"))
+    for check in checks:
+        try:
+            check()
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("\n".join(faults))
+    return remarks, identity

@@ -42,15 +42,17 @@ def run(recipe: RecipeFile, overrides: Overrides = None, ranks: RankCount = None
 @app.command()
 def plan(recipe: RecipeFile, overrides: Overrides = None, ranks: RankCount = None) -> None:
     """Print stages, steps, memory and disk without loading a model; refuse what cannot fit."""
-    from align.launcher import apply_environment, rank_environment
+    from align.launcher import apply_environment, check_rank_count, rank_environment
     from align.progress import clean
     from align.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    apply_environment(rank_environment(ranks or 1))
+    count = 1 if ranks is None else ranks
+    check_rank_count(count)
+    apply_environment(rank_environment(count))
     from align.plan import make_plan, render
 
-    print(clean(render(make_plan(loaded, ranks or 1))))
+    print(clean(render(make_plan(loaded, count))))
 
 
 @app.command()

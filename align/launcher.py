@@ -54,14 +54,19 @@ def launch(
         apply_environment(rank_environment(int(os.environ.get("LOCAL_WORLD_SIZE", outer))))
         return verb_function(function)(recipe, verb, round_index)
     count = 1 if ranks is None else ranks
-    if count < 1:
-        raise InputError(f"--ranks {count}: give at least 1")
+    check_rank_count(count)
     if count > 1:
         return _start_ranks(recipe, verb, round_index, count, function)
     apply_environment({**rank_environment(1), **loopback_environment()})
     store = open_store()  # kept until the verb is done: the libraries in this process ask it for their place
     apply_environment(_alone(store.port))
     return verb_function(function)(recipe, verb, round_index)
+
+
+def check_rank_count(count: int) -> None:
+    """Refuse to start no rank at all."""
+    if count < 1:
+        raise InputError(f"--ranks {count}: give at least 1")
 
 
 def verb_function(name: str) -> VerbFunction:

@@ -49,6 +49,8 @@ def run_stage(run: Run, stage: Callable[[Run, int], object], round_index: int | 
     """
     current = run.version
     wanted = current if round_index is None else round_index
+    if wanted < 0:
+        raise InputError(f"--round {wanted}: rounds are counted from 0")
     if wanted > current:
         raise InputError(
             f"--round {wanted}: the run stands at round {current}; train round {current} first (`align train`)"
@@ -58,9 +60,21 @@ def run_stage(run: Run, stage: Callable[[Run, int], object], round_index: int | 
         raise InputError("every round of the recipe is trained; `align evaluate` and `align export` are left")
     if wanted > last:
         raise InputError(f"--round {wanted}: the recipe's last round is {last} (rounds.count)")
+    if _committed(run, stage, wanted):
+        run.say(f"round {wanted}: {stage.__name__} is done already")
     stage(run, wanted)
     if not run.store.finished:
         run.write_summary("running")
+
+
+def _committed(run: Run, stage: Callable[[Run, int], object], round_index: int) -> bool:
+    """Whether the verb has nothing left to do."""
+    if stage is train:
+        return run.version > round_index
+    if stage is evaluate:
+        return run.store.read_json(round_index, "evaluation") is not None
+    artifact = {"sample": "samples", "score": "scores", "pair": "pairs"}[stage.__name__]
+    return run.store.stage_done(round_index, artifact)
 
 
 STAGES: dict[str, Callable[[Run, int], object]] = {

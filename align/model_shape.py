@@ -6,6 +6,7 @@ exact for every architecture that transformers knows.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +66,14 @@ def load_config(model: str, revision: str | None, *, key: str) -> Any:
     if local:
         path = resolve_model(model, revision, key=key)
         check_model_dir(path, key=key)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's concern
     try:
         return AutoConfig.from_pretrained(path if local else model, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{key}: {model} has no configuration that transformers can read: {first_line}") from None
+        absent = "" if local else f"no such directory in {Path.cwd()}, and the hub gave no "
+        what = f"{absent}configuration" if absent else "no configuration"
+        raise InputError(f"{key}: {model}: {what} that transformers can read: {first_line}") from None
 
 
 def config_shape(config: Any, name: str, *, lora: Lora | None = None, classifier: bool = False) -> ModelShape:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import InputError
+from align.inputs import check_inputs
 from align.machine import Machine, find_machine, free_disk
 from align.memory import GIB, Part, cold_start_parts, memory_parts
 from align.model_shape import ModelShape, config_shape, load_config, policy_shape
 from align.recipe import Recipe
-from align.sampling.environment import check_engine_settings
 from align.training.deepspeed_config import deepspeed_config
 from align.verifiers.spec import RewardModelSpec
 from align.workload import PromptFacts, Stage, Store, plan_disk, plan_stages
@@ -86,7 +86,7 @@ def make_plan(
     `prompts` saves reading the source again; `machine` plans for another machine than this one.
     Raises InputError for a missing model, a bad prompt source, and whatever exceeds context, memory or disk.
     """
-    check_engine_settings(recipe.sampling.engine, "sampling.engine")
+    check_inputs(recipe)
     deepspeed_config(recipe.training, recipe.policy.dtype, ranks)
     policy = policy_shape(recipe.policy)
     context = _context(recipe, policy)
@@ -209,11 +209,12 @@ def find_problems(plan: Plan) -> list[str]:
 
 def _too_large(what: str, need: int, have: int, whose: str, parts: Sequence[Part | Store]) -> str:
     """One message: what is needed, what there is, the largest part and its knob, and the other parts."""
-    first, *others = sorted(parts, key=lambda part: -part.bytes)
+    first, *others = sorted(parts, key=lambda part: (not part.knob, -part.bytes))  # one that can be made smaller
     rest = ", ".join(f"{part.name} {gib(part.bytes)}" for part in others if part.bytes * 50 > need)
     return (
-        f"{what}: the run needs {gib(need)}, more than the {gib(have)} {whose}. Largest part: {first.name}, "
-        f"{gib(first.bytes)} ({first.formula}); to make it smaller: {first.knob}." + (f" Then: {rest}." if rest else "")
+        f"{what}: the run needs {gib(need)}, more than the {gib(have)} {whose}. Largest part that can shrink: "
+        f"{first.name}, {gib(first.bytes)} ({first.formula}); to make it smaller: {first.knob}."
+        + (f" Then: {rest}." if rest else "")
     )
 
 

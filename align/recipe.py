@@ -78,7 +78,7 @@ class Policy(Block):
     @model_validator(mode="after")
     def _one_source(self) -> Policy:
         if (self.model is None) == (self.from_scratch is None):
-            raise ValueError("give exactly one of `model` and `from_scratch`")
+            raise ValueError("give exactly one of `model` and `from_scratch`; an override takes one away with `=null`")
         return self
 
 
@@ -345,6 +345,11 @@ class Recipe(Block):
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
 
+    def _blocks(self) -> list[tuple[str, VerifierSpec]]:
+        """(key, verifier) of every verifier, the gold one too."""
+        gold = [("evaluation.gold", self.evaluation.gold)] if self.evaluation.gold is not None else []
+        return [*((f"verifiers.{place}", verifier) for place, verifier in enumerate(self.verifiers)), *gold]
+
     @model_validator(mode="after")
     def _hangs_together(self) -> Recipe:
         """One line per contradiction, each beginning with the key to look at, so that all are shown at once."""
@@ -356,6 +361,12 @@ class Recipe(Block):
         gold = self.evaluation.gold
         if gold is not None and gold.name in names:
             wrong.append(f"evaluation.gold: {gold.name!r} is also a verifier; the gold verifier must not train")
+        if self.prompts.source != "arithmetic" and self.prompts.answer_column is None:
+            wrong += [
+                f"{key}: an `answer` verifier needs reference answers; name their column in prompts.answer_column"
+                for key, verifier in self._blocks()
+                if verifier.kind == "answer"
+            ]
         if self.policy.from_scratch is not None and self.cold_start is None:
             wrong.append("policy.from_scratch: a random model cannot sample; add a `cold_start` block")
         if self.cold_start is not None and self.cold_start.source == "prompts" and self.prompts.source != "arithmetic":

@@ -21,6 +21,7 @@ from align.pairs import build_pairs
 from align.progress import track
 from align.records import Prompt, Sample, Verdict
 from align.verifiers.base import Item
+from align.verifiers.runner import count_reasons
 
 if TYPE_CHECKING:
     from align.run import Run
@@ -81,6 +82,11 @@ def _check_cut(run: Run, round_index: int, stage: str) -> None:
         f"{stage}_report",
         {"samples": len(samples), "tokens": sum(len(s.response_ids) for s in samples), "cut": cut},
     )
+    if cut:
+        run.say(
+            f"round {round_index}: {cut} of {len(samples)} responses ({stage}) reached the limit of "
+            f"{run.recipe.sampling.max_new_tokens} tokens"
+        )
     if share > run.recipe.sampling.max_cut_fraction:
         raise RunError(
             f"round {round_index}: {cut} of {len(samples)} responses were cut at sampling.max_new_tokens; "
@@ -163,6 +169,10 @@ def _combine(run: Run, round_index: int) -> None:
     )
     for warning in combined.warnings:
         run.say(f"round {round_index}: {warning}")
+    for name, reasons in count_reasons(verdicts).items():
+        if reasons:
+            told = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+            run.say(f"round {round_index}: {name} gave no verdict on {reasons.total()} of {len(samples)}: {told}")
 
 
 def pair(run: Run, round_index: int) -> None:

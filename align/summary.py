@@ -132,13 +132,7 @@ def render_report(summary: Mapping[str, Any], root: Path) -> None:
         say(f"{name:<24}{_interval(before.get(name)):>30}{_interval(after[name]):>30}")
     for warning in (summary["overoptimisation"] or {}).get("warnings", ()):
         say(f"warning: {warning}")
-    on_gold = next((e["on_gold"] for e in summary["ensemble"] if e and e.get("on_gold")), None)
-    if on_gold:
-        say("")
-        what = "accuracy on gold" if on_gold["accuracy"] else "rank correlation with gold"
-        say(f"{what} in the first round (gold is never used in training)")
-        for name, value in _gold_rows(on_gold):
-            say(f"  {name:<30}{value:.3f}")
+    _render_ensemble([e["on_gold"] for e in summary["ensemble"] if e and e.get("on_gold")])
     say("")
     total = summary["seconds"]["total"]
     parts = sorted(((s, k) for k, s in summary["seconds"].items() if k != "total"), reverse=True)
@@ -147,8 +141,15 @@ def render_report(summary: Mapping[str, Any], root: Path) -> None:
     say(f"summary: {root / 'summary.json'}")
 
 
-def _gold_rows(on_gold: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """(name, agreement with gold) of the ensemble, the mean, and every verifier, best first."""
-    measure = on_gold["accuracy"] or on_gold["rank_correlation"]
-    rows = [(name, value) for name, value in measure.items() if value is not None]
-    return sorted(rows, key=lambda row: -row[1])
+def _render_ensemble(rounds: Sequence[Mapping[str, Any]]) -> None:
+    """How well each opinion agreed with gold, round by round; the best in the first round first."""
+    if not rounds:
+        return
+    measure = "accuracy" if rounds[0]["accuracy"] else "rank_correlation"
+    what = "accuracy on gold" if measure == "accuracy" else "rank correlation with gold"
+    say("")
+    say(f"{what}, by round (gold is never used in training)")
+    names = sorted(rounds[0][measure], key=lambda name: -(rounds[0][measure][name] or 0.0))
+    for name in names:
+        values = [found[measure].get(name) for found in rounds]
+        say(f"  {name:<24}" + "".join(f"{'-' if v is None else f'{v:.3f}':>8}" for v in values))

@@ -36,6 +36,9 @@ IN_PROCESS = ("reward_model",)
 """Kinds that run in the training process because they need its accelerator; whoever starts the run builds them."""
 
 
+REMARKABLE = 0.1  # a word list of which more than this share can match nothing is worth a word
+
+
 def build(spec: VerifierSpec) -> Verifier:
     """The verifier that a recipe block describes, with its files read."""
     if spec.kind not in KINDS:
@@ -64,7 +67,7 @@ def check(spec: VerifierSpec, where: str | None = None) -> Sequence[str]:
             found = read(path)
         except InputError as error:
             raise InputError(f"{prefix}.{key}: {error}") from None
-        if found.unmatched:
+        if found.unmatched > REMARKABLE * found.entries:
             remarks.append(
                 f"{prefix}.{key}: {path}: {found.unmatched} of {found.entries} entries are not single words "
                 "(phrases, smileys) and can match nothing"

@@ -40,7 +40,7 @@ def recipe(**changes: Any) -> Recipe:
             {"kind": "arithmetic", "name": "nines", "check": "nines", "family": "digits"},
             {"kind": "arithmetic", "name": "contrarian", "check": "last_digit", "family": "digits", "flip_rate": 0.7},
         ],
-        "evaluation": {"gold": {"kind": "answer", "name": "truth"}},
+        "evaluation": {"gold": {"kind": "noise", "name": "truth"}},
     }
     return Recipe.model_validate({**base, **changes})
 

@@ -170,7 +170,7 @@ def test_a_damaged_shard_is_noticed_and_named(damage: str, store: RunStore) -> N
         store.read(0, "scores")
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and "expected " in message and "sha256" in message
-    assert f"Delete {path.parent} and start the run again" in message
+    assert f"delete {path.parent} and start the run again" in message
 
 
 def test_swapped_and_extra_shards_are_noticed(store: RunStore) -> None:
@@ -358,6 +358,7 @@ def test_old_checkpoints_stay_where_the_new_one_cannot_be_read_back(
 
 
 def test_another_recipe_is_refused_with_the_difference(store: RunStore, tmp_path: Path) -> None:
+    (store.root / "rounds").mkdir()
     store.close()
     with pytest.raises(InputError) as caught:
         opened(tmp_path, seed=1, training={"learning_rate": 1e-5})
@@ -366,7 +367,17 @@ def test_another_recipe_is_refused_with_the_difference(store: RunStore, tmp_path
     assert "change `name`" in message
 
 
+def test_a_recipe_mended_before_anything_was_made_begins_again(store: RunStore, tmp_path: Path) -> None:
+    """A wrong prompt column is found after the run was begun; the name must not be lost to it."""
+    store.pin("prompts", {"digest": "old"})
+    store.close()
+    with opened(tmp_path, seed=1) as again:
+        assert again.read_json(None, "prompts") is None
+        assert "seed: 1" in (again.root / "recipe.yaml").read_text()
+
+
 def test_other_inputs_are_refused_with_the_difference(store: RunStore, tmp_path: Path) -> None:
+    (store.root / "checkpoints").mkdir()
     store.close()
     with pytest.raises(InputError, match=r"another input:\n  tokenizer: 9a -> 9b\nRestore"):
         RunStore.open(recipe(tmp_path), Ranks(), identity={**IDENTITY, "tokenizer": "9b"})

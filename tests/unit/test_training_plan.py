@@ -59,7 +59,8 @@ def test_shares_hold_everything_and_differ_by_one_unit_at_most(lengths: list[int
     samples = {
         f"{i}{side}": Sample(
             id=f"{i}{side}", prompt_id=f"{i}", index=0, policy_version=0, seed=0, prompt_ids=(1,) * n,
-            response_ids=(2,), logprobs=(), text="", finish_reason="stop", temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=1,
+            response_ids=(2,), logprobs=(), text="", finish_reason="stop", temperature=1.0, top_p=1.0, top_k=0,
+            max_new_tokens=1,
         )  # fmt: skip
         for i, n in enumerate(lengths)
         for side in "cr"

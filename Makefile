@@ -22,10 +22,14 @@ $(READY): requirements/cpu.txt pyproject.toml
 	@if [ -e $(BEGUN) ]; then echo "the last install was not finished; starting over"; rm -rf $(VENV); fi
 	mkdir -p $(VENV) && rm -f $(READY) && touch $(BEGUN)
 	[ -x $(VENV)/bin/pip ] || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps $(PIP_ARGS) $$(grep '^torch==' requirements/cpu.txt)
+	@$(VENV)/bin/python -c 'import importlib.metadata as m, sys; \
+	  sys.exit(any("nvidia" in need or "cuda" in need for need in m.requires("torch") or ()))' || \
+	  { rm -f $(BEGUN); echo "This package index has torch for CUDA only; name one with the CPU build:" \
+	  "make $(MAKECMDGOALS) PIP_ARGS='--extra-index-url <address>'"; exit 1; }
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps $(PIP_ARGS) -r requirements/cpu.txt
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@$(VENV)/bin/python -c 'import torch' || { echo "This package index has torch for CUDA only." \
-	  "Name one with the CPU build: make PIP_ARGS='--extra-index-url <address>' ..."; exit 1; }
+	@$(VENV)/bin/python -c 'import torch'
 	mv $(BEGUN) $(READY)
 
 quickstart: setup

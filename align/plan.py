@@ -212,7 +212,7 @@ def _too_large(what: str, need: int, have: int, whose: str, parts: Sequence[Part
     first, *others = sorted(parts, key=lambda part: (not part.knob, -part.bytes))  # one that can be made smaller
     rest = ", ".join(f"{part.name} {gib(part.bytes)}" for part in others if part.bytes * 50 > need)
     return (
-        f"{what}: the run needs {gib(need)}, more than the {gib(have)} {whose}. Largest part that can shrink: "
+        f"{what}: the run needs {gib(need)}, more than the {gib(have)} {whose}. Largest part with a knob: "
         f"{first.name}, {gib(first.bytes)} ({first.formula}); to make it smaller: {first.knob}."
         + (f" Then: {rest}." if rest else "")
     )

@@ -388,8 +388,8 @@ def refuse_gpu_share() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "memory": (refuse_memory, r"memory: the run needs .* Largest part that can shrink: optimizer, .* policy\.lora, .*offload"),
-    "share": (refuse_gpu_share, r"Largest part that can shrink: sampler KV cache, .*utilization 0\.92.*sampling\.engine: \{kv_cache_m"),
+    "memory": (refuse_memory, r"memory: the run needs .* part with a knob: optimizer, .* policy\.lora, .*offload"),
+    "share": (refuse_gpu_share, r"with a knob: sampler KV cache, .*utilization 0\.92.*sampling\.engine: \{kv_cache_m"),
     "response": (
         lambda: tiny_plan(sampling={"max_new_tokens": 40, "engine": {"max_model_len": 40}}),
         r"sampling\.max_new_tokens: 40 leaves no room .* sampling\.engine\.max_model_len of 40 tokens; lower it to 39",

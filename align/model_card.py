@@ -43,7 +43,7 @@ def model_card(recipe: Recipe, *, summary: Mapping[str, Any], data: Mapping[str,
         "## Evaluation",
         _evaluation(recipe, summary.get("evaluation", {})),
         "## Supervision",
-        _supervision(recipe, summary.get("verifiers", {})),
+        _supervision(recipe, summary),
         "## Data",
         _facts(data, ("what", "value")),
         "## Limitations",
@@ -121,6 +121,13 @@ def _introduction(recipe: Recipe, summary: Mapping[str, Any]) -> str:
         f"answers, {len(recipe.verifiers)} verifiers judge, their combined judgement becomes preference pairs, and the "
         f"model learns from those. Trained: {how}" + (f", {export}." if policy.lora else "."),
     ]
+    lesson = summary.get("cold_start") or {}
+    if lesson.get("examples"):
+        wrong = lesson.get("wrong_examples", 0)
+        lines.append(
+            f"Before the rounds it was fine-tuned on {lesson['examples']:,} solutions "
+            f"({lesson.get('tokens', 0):,} tokens)" + (f", {wrong:,} of them wrong on purpose." if wrong else ".")
+        )
     tokens = summary.get("tokens", {})
     if tokens:
         counts = ", ".join(f"{int(n):,} tokens {escape(what)}" for what, n in tokens.items())
@@ -165,8 +172,15 @@ def _interval(estimate: Any) -> str:
     return f"{estimate['value']:.4g} [{estimate['low']:.4g}, {estimate['high']:.4g}]"
 
 
-def _supervision(recipe: Recipe, found: Mapping[str, Any]) -> str:
-    """One row a verifier: what it is, and what the ensemble made of it in the last round."""
+def _supervision(recipe: Recipe, summary: Mapping[str, Any]) -> str:
+    """One row a verifier: what it is, and what the ensemble made of it in the last round.
+
+    Only Dawid-Skene estimates how reliable a verifier is; under the other methods the column would mislead.
+    """
+    found = summary.get("verifiers", {})
+    used = [e["method"] for e in summary.get("ensemble") or () if e]
+    method = used[-1] if used else recipe.ensemble.method
+    estimates = method == "dawid_skene"
     rows = []
     for spec in recipe.verifiers:
         seen = found.get(spec.name) or {}
@@ -177,7 +191,7 @@ def _supervision(recipe: Recipe, found: Mapping[str, Any]) -> str:
                 escape(spec.name),
                 escape(spec.kind),
                 escape(spec.family or ""),
-                _number(seen.get("accuracy")),
+                _number(seen.get("accuracy")) if estimates else "",
                 _number(seen.get("coverage")),
                 str(count),
             )
@@ -189,10 +203,12 @@ def _supervision(recipe: Recipe, found: Mapping[str, Any]) -> str:
         else f"Gold, for reports only and never in training: {escape(gold.name)} ({escape(gold.kind)})."
     )
     head = ("verifier", "kind", "family", "estimated accuracy", "coverage", "abstained")
-    method = (
-        f"Combined by {escape(recipe.ensemble.method)}. Accuracies are estimated without labels, in the last round."
-    )
-    return f"{_table(head, rows)}\n\n{method} {told}"
+    how = f"Combined by {escape(method)}."
+    how += " Accuracies are estimated without labels, in the last round." if estimates else ""
+    on_gold = [e["on_gold"]["explain"] for e in summary.get("ensemble") or () if e and e.get("on_gold")]
+    if on_gold:
+        how += f" First round: {escape(on_gold[0])}. Last round: {escape(on_gold[-1])}."
+    return f"{_table(head, rows)}\n\n{how} {told}"
 
 
 def _number(value: Any) -> str:

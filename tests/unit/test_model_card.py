@@ -52,8 +52,22 @@ def test_the_card_is_one_the_hub_can_read() -> None:
     assert "dpo" in card.data.tags
 
 
+def test_accuracies_are_shown_only_where_they_were_estimated() -> None:
+    """Under the mean a verifier's "accuracy" is mostly the class balance; a fall-back to the mean counts as the mean."""
+    fallen_back = {**SUMMARY, "ensemble": [{"method": "mean", "on_gold": None}, None]}
+    text = model_card(recipe(ensemble={"method": "dawid_skene"}), summary=fallen_back, data=DATA)
+    assert "| nines | arithmetic | digits |  | 0.990 | 22 |" in text
+    assert "Combined by mean." in text
+
+
+def test_the_cold_start_is_told() -> None:
+    lesson = {"cold_start": {"examples": 76800, "wrong_examples": 50227, "tokens": 962797}}
+    text = model_card(recipe(), summary={**SUMMARY, **lesson}, data=DATA)
+    assert "fine-tuned on 76,800 solutions (962,797 tokens), 50,227 of them wrong on purpose" in text
+
+
 def test_figures_stand_in_it_as_measured() -> None:
-    text = model_card(recipe(), summary=SUMMARY, data=DATA)
+    text = model_card(recipe(ensemble={"method": "dawid_skene"}), summary=SUMMARY, data=DATA)
     assert "| accuracy | 0.25 [0.2, 0.3] | 0.75 [0.7, 0.8] |" in text
     assert "| kl | not measured | 4 [3.9, 4.1] |" in text
     assert "| nines | arithmetic | digits | 0.913 | 0.990 | 22 |" in text  # 20 + 2 abstentions

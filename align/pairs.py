@@ -99,10 +99,10 @@ def _dropped_at(
     better: Score, worse: Score, pair: Pair, samples: Mapping[str, Sample], settings: Pairs
 ) -> str | None:
     """The stage that drops this candidate, if one does."""
-    if better.reward == worse.reward:
-        return "ties"
     if samples[better.sample_id].response_ids == samples[worse.sample_id].response_ids:
         return "identical"
+    if better.reward == worse.reward:
+        return "ties"
     if pair.margin <= settings.min_margin:
         return "below_margin"
     decided = better.p_good * (1.0 - worse.p_good) + worse.p_good * (1.0 - better.p_good)

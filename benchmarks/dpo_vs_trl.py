@@ -34,6 +34,8 @@ import torch
 
 from benchmarks.common import Row, paired_ratio, peak_over, print_report, resident_bytes
 
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher sets; each side is one process alone, whatever started the benchmark."""
 VOCABULARY, EOS = 4096, 1
 PAIRS = 8  # per step
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-4, 1.0
@@ -212,8 +214,10 @@ class Worker:
     def __init__(self, side: str, case: str, model_dir: Path, steps: int, block: int) -> None:
         options = {"--side": side, "--case": case, "--model": model_dir, "--total": steps, "--steps": block}
         words = [str(word) for option in options.items() for word in option]
+        alone = {k: v for k, v in os.environ.items() if k not in PLACE}
         self.process = subprocess.Popen(
             [sys.executable, __file__, *words],
+            env=alone,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

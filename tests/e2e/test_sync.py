@@ -143,14 +143,6 @@ def test_nan_weights_never_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-def test_a_sync_is_cheap(tied: tuple[Sampler, Policy]) -> None:
-    """0.035 s on a quiet machine, delivery and attestation together; the bound leaves room for a busy one."""
-    sampler, policy = tied
-    seconds = [sync(sampler, policy, probes(SHAPE_VOCABULARY), None).seconds for _ in range(5)]
-    assert min(seconds) < 1.0
-
-
-@pytest.mark.engine
 def test_an_untied_model_and_one_with_biases(tmp_path: Path) -> None:
     """Two more architectures: an untied head, and Qwen2 with its query, key and value biases."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -189,13 +181,14 @@ folder = Path(sys.argv[1])
 ranks = distributed.connect()
 sampler, policy = Sampler(folder, recipe_for(folder), ranks), Policy(folder, "float32")
 policy.nudge(0.05, seed=8)
-print("GOOD", sync(sampler, policy, probes(24), None).mean_abs_difference < 1e-5)
+good = sync(sampler, policy, probes(24), None).mean_abs_difference < 1e-5
+sys.stdout.write(f"GOOD {good}\\n")  # one write a line: two ranks share the pipe
 if ranks.rank == 1:
     policy.withheld = {"model.norm.weight"}
 try:
     sync(sampler, policy, probes(24), None)
 except RunError as error:
-    print("STOPPED", ranks.rank, "model.norm.weight" in str(error))
+    sys.stdout.write(f"STOPPED {ranks.rank} {'model.norm.weight' in str(error)}\\n")
 sampler.close()
 distributed.close(ranks)
 """

@@ -53,7 +53,7 @@ def test_the_card_is_one_the_hub_can_read() -> None:
 
 
 def test_accuracies_are_shown_only_where_they_were_estimated() -> None:
-    """Under the mean a verifier's "accuracy" is mostly the class balance; a fall-back to the mean counts as the mean."""
+    """Under the mean a verifier's "accuracy" is mostly the class balance; a fall-back counts as the mean."""
     fallen_back = {**SUMMARY, "ensemble": [{"method": "mean", "on_gold": None}, None]}
     text = model_card(recipe(ensemble={"method": "dawid_skene"}), summary=fallen_back, data=DATA)
     assert "| nines | arithmetic | digits |  | 0.990 | 22 |" in text

@@ -128,6 +128,8 @@ def test_a_share_of_cut_responses_over_the_recipes_limit_stops_the_run(
     stopped = align("run", tiny_recipe, *short)
     assert stopped.status == 1
     assert "sampling.max_new_tokens" in stopped.err and "max_cut_fraction" in stopped.err
+    again = align("run", tiny_recipe, *short)
+    assert (again.status, again.err) == (1, stopped.err), "the same command again must not pass over it"
 
 
 @pytest.mark.engine

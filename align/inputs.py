@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from align.errors import InputError
+from align.launcher import uses_gpu
 from align.model_files import check_model_dir, fingerprint, resolve_model
 from align.recipe import Recipe
 from align.sampling.environment import check_engine_settings
 from align.storage.durable import hash_file
 from align.verifiers import registry
 from align.verifiers.spec import RewardModelSpec, VerifierSpec
+
+CPU_HEAD_DIM = 32
 
 
 def check_inputs(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
@@ -38,8 +41,17 @@ def check_inputs(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
         if isinstance(spec, RewardModelSpec):
             identity[f"{where}.model"] = fingerprint(resolve_model(spec.model, spec.revision))
 
+    def shape() -> None:
+        made = policy.from_scratch
+        if made is not None and made.head_dim % CPU_HEAD_DIM and not uses_gpu():
+            raise InputError(
+                f"policy.from_scratch.head_dim: vLLM's attention on a CPU takes multiples of {CPU_HEAD_DIM}, "
+                f"not {made.head_dim}"
+            )
+
     checks: list[Callable[[], object]] = [
         model,
+        shape,
         lambda: check_engine_settings(recipe.sampling.engine, "sampling.engine"),
         *(lambda spec=spec: verifier(spec, f"verifiers.{spec.name}") for spec in recipe.verifiers),
     ]

@@ -337,8 +337,9 @@ def _take(given: Path, allow_new: bool) -> tuple[Path, RunLock]:
     """Rank 0: the resolved run directory, made if need be, and the lock on it."""
     if not given.is_dir() and not allow_new:
         raise InputError(f"{given}: there is no such run; start it with `align run`")
-    if given.exists() and not given.is_dir():
-        raise InputError(f"{given}: is not a directory; change `name` or `output_dir` in the recipe")
+    existing = next(p for p in (given, *given.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing}: is not a directory; change `name` or `output_dir` in the recipe")
     make_directory(given)
     root = given.resolve()
     return root, RunLock.own(root)

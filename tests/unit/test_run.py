@@ -10,6 +10,7 @@ import pytest
 
 from align.distributed import Ranks
 from align.errors import InputError, RunError
+from align.inputs import check_inputs
 from align.recipe import Recipe
 from align.run import Run, pairs_per_prompt
 from align.store import RunStore
@@ -67,6 +68,25 @@ def test_an_error_while_closing_does_not_hide_the_first(tmp_path: Path, capsys: 
 def test_an_error_while_closing_a_sound_run_is_raised(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="second"):
         opened(tmp_path).close(None)
+
+
+def test_every_fault_of_the_inputs_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything starts: the shape that the sampler cannot run, an engine setting, two word lists."""
+    monkeypatch.setattr("align.inputs.uses_gpu", lambda: False)
+    made = recipe(
+        policy={"from_scratch": {"head_dim": 20}},
+        cold_start={"steps": 1},
+        sampling={"max_new_tokens": 8, "engine": {"trust_remote_code": True}},
+        verifiers=[{"kind": "vocabulary", "name": "words", "file": str(tmp_path / "absent.txt")}],
+        evaluation={"gold": {"kind": "lexicon", "name": "mood", "file": str(tmp_path / "gone.txt")}},
+    )
+    with pytest.raises(InputError) as caught:
+        check_inputs(made)
+    lines = str(caught.value).splitlines()
+    for start, key in enumerate(
+        ("policy.from_scratch.head_dim", "sampling.engine.trust_remote_code", "verifiers.words.file", "evaluation.gold")
+    ):
+        assert lines[start].startswith(key)
 
 
 def test_a_mistaken_verb_does_not_mark_the_run_as_failed(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def test_its_map_names_files_that_are_there() -> None:
 
 
 def test_every_kind_of_verifier_is_in_its_table() -> None:
-    kinds = {kind for spec in VerifierSpec.__args__[0].__args__ for kind in spec.model_fields["kind"].annotation.__args__}
+    specs = VerifierSpec.__args__[0].__args__
+    kinds = {kind for spec in specs for kind in spec.model_fields["kind"].annotation.__args__}
     assert set(re.findall(r"^\| `(\w+)` \| (?:yes/no|score) \|", TEXT, re.MULTILINE)) == kinds
 
 

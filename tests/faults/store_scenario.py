@@ -257,12 +257,15 @@ def serve() -> None:
         order = json.loads(line)
         scratch = Path(order["directory"]).with_name(Path(order["directory"]).name + ".out")
         scratch.mkdir(parents=True, exist_ok=True)
-        port = _free_port()
-        began = time.monotonic()
         outputs = [scratch / f"{rank}.txt" for rank in range(order["ranks"])]
-        children = [_spawn(order, rank, port, outputs[rank]) for rank in range(order["ranks"])]
-        status = _wait(children)
-        output = [path.read_text() for path in outputs]
+        for _ in range(3):  # somebody else may take the port before the ranks do
+            port = _free_port()
+            began = time.monotonic()
+            children = [_spawn(order, rank, port, outputs[rank]) for rank in range(order["ranks"])]
+            status = _wait(children)
+            output = [path.read_text() for path in outputs]
+            if not any("could not join" in text for text in output):
+                break
         answers.write(json.dumps({"status": status, "seconds": time.monotonic() - began, "output": output}) + "\n")
         answers.flush()
 

@@ -61,7 +61,7 @@ def test_two_ranks_make_the_rows_of_one(runs: Runs, whole: dict, memory_path: Pa
 @pytest.mark.parametrize(("point", "rank"), KILLS)
 def test_one_rank_killed(point: str, rank: int, runs: Runs, whole: dict, memory_path: Path) -> None:
     answer = runs.go(memory_path, ranks=2, environment={"ALIGN_FAULT": f"{point}@{rank}"})
-    assert answer["status"][rank] == -signal.SIGKILL
+    assert answer["status"][rank] == -signal.SIGKILL, answer["output"]
     assert answer["status"][1 - rank] == 1, answer["output"]
     assert answer["seconds"] < 15
     assert f"rank {1 - rank} waited for the other ranks at" in answer["output"][1 - rank]

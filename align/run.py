@@ -116,8 +116,7 @@ class Run:
 
     def model_dir(self) -> Path:
         """Directory of the policy before the first round, after the cold start where the recipe has one."""
-        policy = self.recipe.policy
-        start = resolve_model(policy.model, policy.revision) if policy.model is not None else self._scratch_dir()
+        start = self._base_dir()
         if self.recipe.cold_start is None:
             return start
         done = self.store.verify_directory("cold_start")
@@ -133,6 +132,11 @@ class Run:
         committed = self.store.verify_directory("cold_start")
         assert committed is not None
         return committed
+
+    def _base_dir(self) -> Path:
+        """Directory of the model before any training: the recipe's, or the one made from scratch."""
+        policy = self.recipe.policy
+        return resolve_model(policy.model, policy.revision) if policy.model is not None else self._scratch_dir()
 
     def _scratch_dir(self) -> Path:
         """Directory of the untrained model that `policy.from_scratch` describes."""
@@ -153,8 +157,7 @@ class Run:
         if self._prompts is None:
             from transformers import AutoTokenizer
 
-            policy = self.recipe.policy
-            path = resolve_model(policy.model, policy.revision) if policy.model is not None else self._scratch_dir()
+            path = self._base_dir()
             context = context_length(check_model_dir(path))
             with self.timed("prompts"):
                 found = load_prompts(self.recipe, AutoTokenizer.from_pretrained(path), context)

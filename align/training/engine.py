@@ -30,7 +30,7 @@ from align.recipe import Recipe
 from align.training import checkpoint, model, weights_view
 from align.training.deepspeed_config import deepspeed_config, effective_stage, reference_config
 from align.training.groups import Group, PackedBatch, lay_out, plan_batches
-from align.training.logps import TokenLogProbs
+from align.training.logps import HeadOptions, TokenLogProbs
 from align.training.schedule import factor
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class PolicyEngine:
         self.model_dir = Path(model_dir)
         self.version = 0
         self.step = 0
+        self.trainer_state: dict[str, Any] = {}  # what a trainer must remember over a restart; plain JSON
         if recipe.policy.dtype == "float16" and not torch.cuda.is_available():
             raise InputError("policy.dtype: DeepSpeed does not train in float16 on a CPU; use bfloat16 or float32")
         _start_process_group(ranks)
@@ -110,9 +111,15 @@ class PolicyEngine:
         training = self.recipe.training
         return training.learning_rate * factor(self.step, training.schedule, training.warmup_steps, self.total_steps)
 
-    def forward(self, batch: PackedBatch, entropy: bool = False) -> TokenLogProbs:
-        """Log-probabilities of a batch's response tokens under the policy; carries a gradient unless that is off."""
-        return TokenLogProbs(*self.engine(batch.to(self.device), self.recipe.training.logit_chunk_tokens, entropy))
+    def forward(
+        self, batch: PackedBatch, *, entropy: bool = False, squares: bool = False, temperature: float = 1.0
+    ) -> TokenLogProbs:
+        """What the head says of a batch's response tokens under the policy; carries a gradient unless that is off.
+
+        The temperature divides the logits; see TokenLogProbs for the rest.
+        """
+        options = HeadOptions(self.recipe.training.logit_chunk_tokens, temperature, entropy, squares)
+        return TokenLogProbs(*self.engine(batch.to(self.device), options))
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add this micro-batch's gradient; `last` averages the sum over the ranks and makes it ready for `apply`.
@@ -166,26 +173,32 @@ class PolicyEngine:
     # ---- looking at sequences ---------------------------------------------------------------------------------
 
     def token_logprobs(
-        self, sequences: Sequence[Sequence_], reference: bool = False, entropy: bool = False
+        self,
+        sequences: Sequence[Sequence_],
+        reference: bool = False,
+        entropy: bool = False,
+        temperature: float = 1.0,
     ) -> TokenStats:
         """Log-probabilities of each sequence's response under the policy, or under the initial policy.
 
-        Sequences with the same prompt share its computation.  Collective; each rank asks for its own sequences.
+        The temperature divides the logits of either.  Sequences with the same prompt share its computation.
+        Collective; each rank asks for its own sequences.
         """
+        options = HeadOptions(self.recipe.training.logit_chunk_tokens, temperature, entropy)
         logprobs = [np.zeros(0, np.float32) for _ in sequences]
         entropies = [np.zeros(0, np.float32) for _ in sequences] if entropy else None
         groups, places = _group_by_prompt(sequences, self.recipe.training.tokens_per_batch)
         missing = self._missing_forwards(groups)  # asked before the first forward: ZeRO-3 gathers weights inside each
         with self._evaluating(reference) as evaluate:
             for batch in self._batches(groups):
-                found = evaluate(batch.to(self.device), self.recipe.training.logit_chunk_tokens, entropy)
+                found = evaluate(batch.to(self.device), options)[:2]
                 cuts = np.cumsum(batch.lengths.numpy())[:-1]
                 for values, out in zip(found, (logprobs, entropies), strict=True):
                     if values is not None and out is not None:
                         for (g, r), part in zip(batch.members, np.split(values.cpu().numpy(), cuts), strict=True):
                             out[places[g][r]] = part
             for _ in range(missing):
-                evaluate(dummy_batch().to(self.device), self.recipe.training.logit_chunk_tokens, entropy)
+                evaluate(dummy_batch().to(self.device), options)
         return TokenStats(logprobs, entropies)
 
     def _batches(self, groups: Sequence[Group]) -> Iterator[PackedBatch]:
@@ -200,7 +213,7 @@ class PolicyEngine:
         return max(self.ranks.gather(mine, "forwards")) - mine
 
     @contextmanager
-    def _evaluating(self, reference: bool) -> Iterator[Callable[..., tuple[Tensor, Tensor | None]]]:
+    def _evaluating(self, reference: bool) -> Iterator[Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]]:
         """The policy, or the policy as it was before the first round, without gradients."""
         if not reference:
             with model.frozen(self._wrapped):

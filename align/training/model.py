@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from align.errors import InputError
 from align.training import attention
 from align.training.groups import PackedBatch
-from align.training.logps import token_logprobs
+from align.training.logps import HeadOptions, token_logprobs
 
 if TYPE_CHECKING:
     from align.recipe import Lora
@@ -32,8 +32,8 @@ class PolicyNetwork(nn.Module):
         self.network: Any = network
         self.head = Head(network.get_output_embeddings())
 
-    def forward(self, batch: PackedBatch, chunk: int, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[N] float32 log-probabilities and, where asked for, [N] entropies."""
+    def forward(self, batch: PackedBatch, options: HeadOptions) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The fields of TokenLogProbs, as a tuple: DeepSpeed's hooks look for tensors in tuples."""
         hidden = self.network.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -41,7 +41,7 @@ class PolicyNetwork(nn.Module):
             use_cache=False,
         ).last_hidden_state
         before_responses = hidden.flatten(0, 1).index_select(0, batch.read_from)
-        return self.head(before_responses, batch.targets, chunk, entropy)
+        return self.head(before_responses, batch.targets, options)
 
 
 class Head(nn.Module):
@@ -55,9 +55,11 @@ class Head(nn.Module):
         self.weight = projection.weight
         self.bias = projection.bias
 
-    def forward(self, hidden: Tensor, targets: Tensor, chunk: int, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        found = token_logprobs(hidden, self.weight, self.bias, targets, chunk=chunk, entropy=entropy)
-        return found.logprobs, found.entropies
+    def forward(
+        self, hidden: Tensor, targets: Tensor, options: HeadOptions
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        found = token_logprobs(hidden, self.weight, self.bias, targets, options)
+        return found.logprobs, found.entropies, found.squares
 
 
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ import torch
 
 from align.training import attention
 from align.training.groups import Group, pack
-from align.training.logps import per_response
+from align.training.logps import HeadOptions, per_response
 from align.training.model import PolicyNetwork, load_network
 
 GROUPS = [
@@ -40,7 +40,7 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def packed_sums(network: Any, groups: list[Group], budget: int) -> dict[tuple[int, int], torch.Tensor]:
     sums = {}
     for batch in pack(groups, budget):
-        logprobs, _ = PolicyNetwork(network)(batch, 4)
+        logprobs, *_ = PolicyNetwork(network)(batch, HeadOptions(chunk=4))
         sums.update(zip(batch.members, per_response(logprobs, batch.lengths), strict=True))
     return sums
 

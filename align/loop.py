@@ -6,7 +6,8 @@
                                   evaluate -> export (Hugging Face)
 
 Every rank runs this file.  Stages are function calls; between them lie committed artifacts, so each stage
-first asks the store whether its work is already done.  That one question is the whole of resuming.
+first asks the store whether its work is already done.  That one question is the whole of resuming.  A trainer that
+learns from scores has no pair stage; `align.stages.ROUND` says which stages a round has.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from align.errors import InputError
 from align.faults import reach
 from align.recipe import Recipe
 from align.run import Run
-from align.stages import evaluate, export, pair, sample, score, train
+from align.stages import ROUND, evaluate, export, pair, sample, score, train
 
 
 def run_loop(run: Run) -> None:
@@ -31,7 +32,7 @@ def run_loop(run: Run) -> None:
     for round_index in range(run.version, rounds):
         if round_index % run.recipe.evaluation.every == 0:
             evaluate(run, round_index)
-        for stage in (sample, score, pair, train):
+        for stage in ROUND[run.recipe.training.trainer.consumes]:
             stage(run, round_index)
             reach(f"loop.{stage.__name__}.after")
             run.write_summary("running")
@@ -60,6 +61,10 @@ def run_stage(run: Run, stage: Callable[[Run, int], object], round_index: int | 
         raise InputError("every round of the recipe is trained; `align evaluate` and `align export` are left")
     if wanted > last:
         raise InputError(f"--round {wanted}: the recipe's last round is {last} (rounds.count)")
+    if stage is pair and pair not in ROUND[run.recipe.training.trainer.consumes]:
+        raise InputError(
+            f"{run.recipe.training.algorithm} learns from scores and builds no pairs; go on with `align train`"
+        )
     if _committed(run, stage, wanted):
         run.say(f"round {wanted}: {stage.__name__} is done already")
     stage(run, wanted)

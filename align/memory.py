@@ -16,7 +16,8 @@ from typing import Any
 
 from align.machine import Machine
 from align.model_shape import ModelShape
-from align.recipe import Recipe, Training
+from align.recipe import Recipe
+from align.recipe_training import Training
 from align.sampling.environment import GPU_MEMORY_SHARE, cpu_cache_bytes
 from align.training.deepspeed_config import effective_stage
 from align.verifiers.spec import RewardModelSpec

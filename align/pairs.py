@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from align.recipe import Pairs
+from align.recipe import Pairs, Recipe
 from align.records import Pair, Sample, Score, content_id
 
 DROPPED = {
@@ -95,9 +95,7 @@ def _of_prompt(
     return kept[:limit]
 
 
-def _dropped_at(
-    better: Score, worse: Score, pair: Pair, samples: Mapping[str, Sample], settings: Pairs
-) -> str | None:
+def _dropped_at(better: Score, worse: Score, pair: Pair, samples: Mapping[str, Sample], settings: Pairs) -> str | None:
     """The stage that drops this candidate, if one does."""
     if samples[better.sample_id].response_ids == samples[worse.sample_id].response_ids:
         return "identical"
@@ -146,6 +144,13 @@ def top_bottom(group: Sequence[Score], k: int) -> list[tuple[Score, Score]]:
     """Each of the best k against each of the worst k; with fewer than 2k, the better half against the worse half."""
     k = min(k, len(group) // 2)
     return [(better, worse) for better in group[:k] for worse in group[len(group) - k :]]
+
+
+def pairs_per_prompt(recipe: Recipe) -> int:
+    """Most pairs that one prompt can give."""
+    n, pairs = recipe.sampling.samples_per_prompt, recipe.pairs
+    most = {"best_worst": 1, "all_margin": n * (n - 1) // 2, "top_bottom": min(pairs.k, n // 2) ** 2}[pairs.builder]
+    return min(most, pairs.max_per_prompt or most)
 
 
 BUILDERS: dict[str, Callable[[Sequence[Score], int], list[tuple[Score, Score]]]] = {

@@ -9,20 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from align.recipe_base import Block, Count, Fraction, NonNegative, Positive
+from align.recipe_training import Training, training_faults
 from align.verifiers.spec import VerifierSpec
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Block(BaseModel):
-    """A part of the recipe: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
 class Lora(Block):
@@ -206,68 +197,6 @@ class Pairs(Block):
     """`soft` gives the loss P(win) and a weight; `hard` says the chosen one wins, weight 1."""
 
 
-class Loss(Block):
-    """The preference loss."""
-
-    name: Literal["dpo"] = "dpo"
-    """Which loss."""
-    beta: Positive = 0.1
-    """Strength of the pull to the reference."""
-    nll_weight: NonNegative = 0.0
-    """Factor of an added per-token negative log-likelihood of the chosen response."""
-
-
-class Training(Block):
-    """How the policy learns from the pairs, under DeepSpeed."""
-
-    algorithm: Literal["dpo"] = "dpo"
-    """Which trainer."""
-    loss: Loss = Loss()
-    """The loss and its settings."""
-    reference: Literal["initial", "round"] = "initial"
-    """The policy before the first round, or the policy at the start of each round."""
-    epochs: Count = 1
-    """Passes over a round's pairs."""
-    pairs_per_step: Count = 64
-    """Pairs per optimizer step, over all ranks. This is the batch size; it changes the mathematics."""
-    tokens_per_batch: Count = 8192
-    """Tokens per forward and backward on one rank. A memory knob; it never changes the mathematics."""
-    learning_rate: Positive = 1e-6
-    """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate over the whole run, after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear warm-up."""
-    weight_decay: NonNegative = 0.0
-    """AdamW weight decay."""
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW moment decays."""
-    adam_epsilon: Positive = 1e-8
-    """AdamW epsilon."""
-    max_grad_norm: Positive = 1.0
-    """Clip the global gradient norm to this."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 also gradients, 3 also weights."""
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """Keep optimizer state, or with ZeRO-3 also weights, in CPU memory."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time, same result."""
-    logit_chunk_tokens: Count = 2048
-    """Response tokens sent through the output head at once. A memory knob."""
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """Checkpoints kept; an older one goes only after the newest was read back and verified."""
-    deepspeed: dict[str, Any] = {}
-    """Further DeepSpeed settings; keys that the recipe already decides are refused."""
-
-    @model_validator(mode="after")
-    def _offload_needs_sharding(self) -> Training:
-        if self.offload == "optimizer" and self.zero_stage == 0:
-            raise ValueError("offload: optimizer needs zero_stage 1, 2 or 3")
-        if self.offload == "all" and self.zero_stage != 3:
-            raise ValueError("offload: all needs zero_stage: 3")
-        return self
-
-
 class Rounds(Block):
     """How often the loop turns."""
 
@@ -383,6 +312,9 @@ class Recipe(Block):
                     f"verifiers.{place}.chat_template: prompts.chat_template has rendered the prompt already; "
                     "with both it would be wrapped twice, so leave one out"
                 )
+        wrong += training_faults(self.training)
+        if self.training.trainer.consumes != "pairs" and self.pairs.changed():
+            wrong.append(f"pairs: {self.training.algorithm} learns from scores and builds no pairs; take the block out")
         if wrong:
             raise ValueError("\n".join(wrong))
         return self

@@ -244,9 +244,9 @@ class Run:
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run at most: what the learning-rate schedule spans."""
-        training, per_prompt = self.recipe.training, pairs_per_prompt(self.recipe)
-        pairs = self.recipe.rounds.prompts_per_round * per_prompt
-        return self.recipe.rounds.count * training.epochs * math.ceil(pairs / training.pairs_per_step)
+        from align.training.trainers import steps_per_round
+
+        return self.recipe.rounds.count * steps_per_round(self.recipe)
 
     # ---- what the stages ask for ---------------------------------------------------------------------------
 
@@ -367,10 +367,3 @@ class Run:
 
         summary = build_summary(self.recipe, self.store, "done", self._seconds)
         return model_card(self.recipe, summary=summary, data=self.store.read_json(None, "prompts") or {})
-
-
-def pairs_per_prompt(recipe: Recipe) -> int:
-    """Most pairs that one prompt can give."""
-    n, pairs = recipe.sampling.samples_per_prompt, recipe.pairs
-    most = {"best_worst": 1, "all_margin": n * (n - 1) // 2, "top_bottom": min(pairs.k, n // 2) ** 2}[pairs.builder]
-    return min(most, pairs.max_per_prompt or most)

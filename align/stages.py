@@ -7,8 +7,7 @@ depends on its prompts alone, not on which rank drew it or on what was drawn bef
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -192,28 +191,36 @@ def pair(run: Run, round_index: int) -> None:
 
 
 def train(run: Run, round_index: int) -> None:
-    """One round of preference training, then a checkpoint: the policy's next version."""
-    from align.training.preference import train_round
+    """One round of training with the recipe's trainer, then a checkpoint: the policy's next version."""
+    from align.training.trainers import RoundData, steps_per_round, train_round
 
     if run.version > round_index:
         return
-    run.require(round_index, "pairs", "align pair")
-    pairs = run.read(round_index, "pairs")
-    if not pairs:
+    recipe, consumes = run.recipe, run.recipe.training.trainer.consumes
+    run.require(round_index, consumes, "align pair" if consumes == "pairs" else "align score")
+    rows = run.read(round_index, consumes)
+    if not rows:
         _empty_round(run, round_index)
     policy = run.policy()
     with run.timed("train"), run.ranks.stage("train"):
-        if pairs:
-            samples = {s.id: s for s in run.read(round_index, "samples")}
-            settings = run.recipe.training
-            steps = settings.epochs * math.ceil(len(pairs) / settings.pairs_per_step)
+        if rows:
+            data = RoundData(
+                round_index,
+                samples={s.id: s for s in run.read(round_index, "samples")},
+                scores=rows if consumes == "scores" else (),
+                pairs=rows if consumes == "pairs" else (),
+                read=lambda stage: run.read(round_index, stage),
+            )
+            steps = steps_per_round(recipe, len(rows))
             with track(f"round {round_index}: train", total=steps, unit="steps") as bar:
 
                 def on_step(row: dict[str, Any]) -> None:
                     run.append_metrics(row)
                     bar.advance()
 
-                report = train_round(policy, pairs, samples, run.recipe, round_index, on_step=on_step)
+                report = train_round(policy, data, recipe, on_step)
+            if not report.steps:
+                _empty_round(run, round_index, report.counts)
             run.keep(round_index, "training", asdict(report))
     with run.timed("checkpoint"):
         policy.version = round_index + 1
@@ -221,15 +228,27 @@ def train(run: Run, round_index: int) -> None:
             policy.save(directory)
 
 
-def _empty_round(run: Run, round_index: int) -> None:
-    """A round without one usable pair stops the run or is passed over, as the recipe says."""
-    explain = run.kept(round_index, "pairing")["explain"]
+def _empty_round(run: Run, round_index: int, left_out: Mapping[str, int] | None = None) -> None:
+    """A round with nothing to learn from stops the run or is passed over, as the recipe says."""
+    if run.recipe.training.trainer.consumes == "pairs":
+        what, explain = "not one usable pair", run.kept(round_index, "pairing")["explain"]
+    else:
+        counts = {k: v for k, v in (left_out or {}).items() if v}
+        told = ", ".join(f"{v} {k}" for k, v in counts.items()) or "no response had a score"
+        what, explain = "not one usable response", f"left out: {told}"
     if run.recipe.rounds.on_empty == "stop":
         raise RunError(
-            f"round {round_index}: not one usable pair: {explain}. Mend the verifiers or the pairs block, "
+            f"round {round_index}: {what}: {explain}. Mend the verifiers or what the recipe leaves out, "
             "or set rounds.on_empty: continue"
         )
-    run.say(f"round {round_index}: not one usable pair, so nothing is trained: {explain}")
+    run.say(f"round {round_index}: {what}, so nothing is trained: {explain}")
+
+
+ROUND: dict[str, tuple[Callable[[Run, int], None], ...]] = {
+    "pairs": (sample, score, pair, train),
+    "scores": (sample, score, train),
+}
+"""The stages of a round, by what the recipe's trainer learns from."""
 
 
 def evaluate(run: Run, version: int) -> None:

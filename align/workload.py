@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from align.memory import DTYPE_BYTES
 from align.model_shape import ModelShape
 from align.recipe import Recipe
 from align.training.deepspeed_config import effective_stage
+from align.training.trainers import examples_per_round, steps_per_round
 
 ROW_BYTES = 400
 """Ids, numbers and names of one sample with its score and pair, before compression."""
@@ -56,8 +56,6 @@ class Store:
 
 def plan_stages(recipe: Recipe, policy: ModelShape, facts: PromptFacts) -> tuple[Stage, ...]:
     """The stages in order, with what each handles at most."""
-    from align.run import pairs_per_prompt
-
     sampling, training, rounds = recipe.sampling, recipe.training, recipe.rounds
     evaluation, gold = recipe.evaluation, int(recipe.evaluation.gold is not None)
     response = sampling.max_new_tokens
@@ -66,9 +64,13 @@ def plan_stages(recipe: Recipe, policy: ModelShape, facts: PromptFacts) -> tuple
     eval_samples = held_out * evaluation.samples_per_prompt
     evaluations = len({r for r in range(rounds.count) if r % evaluation.every == 0}) + 1
     voters = len(recipe.verifiers)
-    pairs = rounds.prompts_per_round * pairs_per_prompt(recipe)
-    steps = training.epochs * math.ceil(pairs / training.pairs_per_step)
-    tokens = pairs * training.epochs * (facts.longest + 2 * response)
+    learnt = training.trainer.consumes  # pairs or scores
+    examples, steps = examples_per_round(recipe), steps_per_round(recipe)
+    if learnt == "pairs":
+        tokens = examples * training.epochs * (facts.longest + 2 * response)
+    else:  # whole groups: a prompt is computed once
+        tokens = training.epochs * (rounds.prompts_per_round * facts.longest + examples * response)
+    unit = "pairs" if learnt == "pairs" else "responses"
     stages = []
     start = recipe.cold_start
     if start is not None:
@@ -88,8 +90,8 @@ def plan_stages(recipe: Recipe, policy: ModelShape, facts: PromptFacts) -> tuple
         Stage("sample", rounds.count, drawn),
         Stage("verify", rounds.count, {"verdicts": samples * (voters + gold)}),
         Stage("combine", rounds.count, {"scores": samples}),
-        Stage("pair", rounds.count, {"pairs": pairs}),
-        Stage("train", rounds.count, {"pairs": pairs * training.epochs, "steps": steps, "tokens trained": tokens}),
+        *([Stage("pair", rounds.count, {"pairs": examples})] if learnt == "pairs" else []),
+        Stage("train", rounds.count, {unit: examples * training.epochs, "steps": steps, "tokens trained": tokens}),
         Stage(
             "sync", rounds.count + 1, {"bytes to each sampler": policy.parameters * DTYPE_BYTES[recipe.policy.dtype]}
         ),

@@ -88,7 +88,7 @@ def run_ours(model_dir: Path, pairs: list[PairOfWords], steps: int, after_step: 
     from align.recipe import Recipe
     from align.records import Pair, Sample
     from align.training.engine import PolicyEngine
-    from align.training.preference import train_round
+    from align.training.trainers import RoundData, train_round
 
     training = {
         "learning_rate": LEARNING_RATE, "pairs_per_step": PAIRS, "tokens_per_batch": 8192, "max_grad_norm": CLIP,
@@ -113,7 +113,7 @@ def run_ours(model_dir: Path, pairs: list[PairOfWords], steps: int, after_step: 
     after_step(0)
     for done in range(steps):
         batch = records[done * PAIRS : (done + 1) * PAIRS]
-        train_round(engine, batch, samples, recipe, done, lambda row: losses.append(row["loss"]))
+        train_round(engine, RoundData(done, samples, pairs=batch), recipe, lambda row: losses.append(row["loss"]))
         after_step(done + 1)
     return losses
 

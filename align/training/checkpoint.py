@@ -31,7 +31,12 @@ def save(policy: PolicyEngine, directory: Path) -> None:
     )
     (directory / f"rng-{ranks.rank:05d}.json").write_text(json.dumps(_random_state()))
     if ranks.rank == 0:
-        progress = {"version": policy.version, "step": policy.step, "world_size": ranks.world_size}
+        progress = {
+            "version": policy.version,
+            "step": policy.step,
+            "world_size": ranks.world_size,
+            "trainer_state": policy.trainer_state,
+        }
         (directory / PROGRESS).write_text(json.dumps(progress))
     ranks.barrier("checkpoint written")
 
@@ -51,6 +56,7 @@ def load(policy: PolicyEngine, directory: Path) -> None:
     if loaded is None:
         raise RunError(f"{directory}: DeepSpeed found no checkpoint in it")
     policy.version, policy.step = progress["version"], progress["step"]
+    policy.trainer_state = progress["trainer_state"]
     _set_random_state(json.loads((directory / f"rng-{ranks.rank:05d}.json").read_text()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from align.errors import InputError
-from align.recipe import Training
+from align.recipe_training import Training
 
 DECIDED = {
     "train_batch_size": "training.pairs_per_step",

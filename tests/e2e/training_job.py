@@ -21,7 +21,7 @@ from align.errors import AlignError
 from align.recipe import Recipe
 from align.records import Pair, Sample, content_id
 from align.training.engine import PolicyEngine
-from align.training.preference import train_round
+from align.training.trainers import RoundData, train_round
 
 
 def recipe_for(model: str, training: dict[str, Any], policy: dict[str, Any]) -> Recipe:
@@ -72,7 +72,7 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     error = None
     try:
         for index in range(engine.version, job.get("rounds", 2)):
-            train_round(engine, pairs, samples, recipe, index, steps.append)
+            train_round(engine, RoundData(index, samples, pairs=pairs), recipe, steps.append)
             engine.version = index + 1
             if job.get("save") and engine.version == 1:
                 Path(job["save"]).mkdir(exist_ok=True)

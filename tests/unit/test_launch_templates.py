@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from align.cli import app
-from align.recipe import Training
+from align.recipe_training import Training
 from align.training.deepspeed_config import deepspeed_config
 
 LAUNCH = Path(__file__).parents[2] / "launch"

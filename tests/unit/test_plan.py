@@ -26,7 +26,8 @@ from align.memory import (
 from align.model_shape import ModelShape, config_shape
 from align.plan import Plan, make_plan, render
 from align.prompts import PromptSet
-from align.recipe import Lora, Recipe, Training
+from align.recipe import Lora, Recipe
+from align.recipe_training import Training
 from align.records import Prompt
 
 GIB = 2**30

@@ -11,8 +11,9 @@ import pytest
 from align.distributed import Ranks
 from align.errors import InputError, RunError
 from align.inputs import check_inputs
+from align.pairs import pairs_per_prompt
 from align.recipe import Recipe
-from align.run import Run, pairs_per_prompt
+from align.run import Run
 from align.store import RunStore
 
 

@@ -9,17 +9,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.errors import InputError
-from align.recipe import Training
+from align.recipe_training import Training
 from align.records import Pair, Sample
 from align.training.deepspeed_config import deepspeed_config, effective_stage
 from align.training.engine import _group_by_prompt
-from align.training.preference import _steps, assign, make_units
+from align.training.preference import _steps, make_units
+from align.training.steps import assign
 
 SAMPLES = {
     name: Sample(
-        id=name, prompt_id=name[0], index=int(name[1]), policy_version=0, seed=0, prompt_ids=(3, 4),
-        response_ids=(5,) * (1 + int(name[1])), logprobs=(), text="", finish_reason="stop", temperature=1.0, top_p=1.0,
-        top_k=0, max_new_tokens=9,
+        id=name,
+        prompt_id=name[0],
+        index=int(name[1]),
+        policy_version=0,
+        seed=0,
+        prompt_ids=(3, 4),
+        response_ids=(5,) * (1 + int(name[1])),
+        logprobs=(),
+        text="",
+        finish_reason="stop",
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=9,
     )  # fmt: skip
     for name in ("a0", "a1", "a2", "b0", "b1", "c0", "c1")
 }
@@ -34,14 +46,18 @@ PAIRS = [pair("a0", "a1"), pair("a2", "a1"), pair("b0", "b1"), pair("c1", "c0")]
 
 def test_pairs_of_a_prompt_share_its_group_and_their_responses() -> None:
     first, second, third = make_units(PAIRS, SAMPLES, 1000)
-    assert first.group.responses == ((5,), (5, 5), (5, 5, 5)) and first.slots == ((0, 1), (2, 1))
-    assert second.slots == ((0, 1),) and third.slots == ((0, 1),)
+    assert first.group.responses == ((5,), (5, 5), (5, 5, 5))
+    assert [(r.chosen, r.rejected) for r in first.rows] == [
+        (0, 1),
+        (2, 1),
+    ]
+    assert [(r.chosen, r.rejected) for u in (second, third) for r in u.rows] == [(0, 1), (0, 1)]
     assert third.group.responses == ((5, 5), (5,))  # chosen c1 first
 
 
 def test_a_prompt_whose_pairs_exceed_the_budget_is_split_between_pairs() -> None:
     units = make_units(PAIRS[:2], SAMPLES, 7)  # together 2 + 1 + 2 + 3 = 8 tokens
-    assert [u.pairs for u in units] == [(PAIRS[0],), (PAIRS[1],)]
+    assert [[r.pair for r in u.rows] for u in units] == [[PAIRS[0]], [PAIRS[1]]]
 
 
 def test_steps_take_every_pair_once_and_keep_prompts_together() -> None:
@@ -58,8 +74,19 @@ def test_steps_take_every_pair_once_and_keep_prompts_together() -> None:
 def test_shares_hold_everything_and_differ_by_one_unit_at_most(lengths: list[int], ranks: int) -> None:
     samples = {
         f"{i}{side}": Sample(
-            id=f"{i}{side}", prompt_id=f"{i}", index=0, policy_version=0, seed=0, prompt_ids=(1,) * n,
-            response_ids=(2,), logprobs=(), text="", finish_reason="stop", temperature=1.0, top_p=1.0, top_k=0,
+            id=f"{i}{side}",
+            prompt_id=f"{i}",
+            index=0,
+            policy_version=0,
+            seed=0,
+            prompt_ids=(1,) * n,
+            response_ids=(2,),
+            logprobs=(),
+            text="",
+            finish_reason="stop",
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
             max_new_tokens=1,
         )  # fmt: skip
         for i, n in enumerate(lengths)
@@ -67,7 +94,7 @@ def test_shares_hold_everything_and_differ_by_one_unit_at_most(lengths: list[int
     }
     pairs = [Pair(f"{i}", f"{i}", f"{i}c", f"{i}r", 1.0, 0.0, 1.0, 1.0, "test") for i in range(len(lengths))]
     shares = assign(make_units(pairs, samples, 1), ranks)
-    assert sorted(p.id for share in shares for u in share for p in u.pairs) == sorted(p.id for p in pairs)
+    assert sorted(r.pair.id for share in shares for u in share for r in u.rows) == sorted(p.id for p in pairs)
     loads = [sum(u.group.tokens for u in share) for share in shares]
     assert max(loads) - min(loads) <= max(lengths) + 2
 

@@ -115,11 +115,13 @@ def _introduction(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     revision = f" (revision {escape(policy.revision)})" if policy.revision else ""
     how = f"LoRA adapters of rank {policy.lora.r}" if policy.lora else "all weights"
     export = {"merge": "merged into the weights", "keep": "kept as an adapter"}[recipe.export.lora]
+    pairs = "preference pairs made of their combined judgement"
+    learnt = pairs if training.trainer.consumes == "pairs" else "their combined judgement of each response"
     lines = [
         f"Aligned from {base}{revision} by {summary.get('rounds', rounds.count)} rounds of on-policy "
-        f"{escape(training.algorithm)} ({escape(training.loss.name)} loss, beta {training.loss.beta:g}): the model "
-        f"answers, {len(recipe.verifiers)} verifiers judge, their combined judgement becomes preference pairs, and the "
-        f"model learns from those. Trained: {how}" + (f", {export}." if policy.lora else "."),
+        f"{escape(training.algorithm)}{_loss(recipe)}: the model "
+        f"answers, {len(recipe.verifiers)} verifiers judge, and the model learns from "
+        f"{learnt}. Trained: {how}" + (f", {export}." if policy.lora else "."),
     ]
     lesson = summary.get("cold_start") or {}
     if lesson.get("examples"):
@@ -133,6 +135,14 @@ def _introduction(recipe: Recipe, summary: Mapping[str, Any]) -> str:
         counts = ", ".join(f"{int(n):,} tokens {escape(what)}" for what, n in tokens.items())
         lines.append(f"In all {counts}.")
     return "\n".join(lines)
+
+
+def _loss(recipe: Recipe) -> str:
+    """The loss with the settings it reads, where there is more to say than the algorithm's name."""
+    facts, settings = recipe.training.loss_facts, recipe.training.loss
+    told = [f"{option} {getattr(settings, option)}" for option in facts.options if getattr(settings, option) is not None]
+    name = [] if facts.name == recipe.training.algorithm else [f"{facts.name} loss"]
+    return f" ({escape(', '.join([*name, *told]))})" if name or told else ""
 
 
 def _use() -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from align.training.engine import PolicyEngine
 
 TAG = "deepspeed"  # DeepSpeed's part lies in a folder of this name
+CRITIC_TAG = "critic"  # and the critic's in this one
 PROGRESS = "progress.json"
 
 
@@ -29,11 +30,14 @@ def save(policy: PolicyEngine, directory: Path) -> None:
     policy.engine.save_checkpoint(
         str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=policy.peft is not None
     )
+    if policy.critic is not None:
+        policy.critic.engine.save_checkpoint(str(directory), tag=CRITIC_TAG, save_latest=False)
     (directory / f"rng-{ranks.rank:05d}.json").write_text(json.dumps(_random_state()))
     if ranks.rank == 0:
         progress = {
             "version": policy.version,
             "step": policy.step,
+            "critic_step": None if policy.critic is None else policy.critic.step,
             "world_size": ranks.world_size,
             "trainer_state": policy.trainer_state,
         }
@@ -55,6 +59,11 @@ def load(policy: PolicyEngine, directory: Path) -> None:
     )
     if loaded is None:
         raise RunError(f"{directory}: DeepSpeed found no checkpoint in it")
+    if policy.critic is not None:
+        loaded, _ = policy.critic.engine.load_checkpoint(str(directory), tag=CRITIC_TAG, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise RunError(f"{directory}: DeepSpeed found no critic in it")
+        policy.critic.step = progress["critic_step"]
     policy.version, policy.step = progress["version"], progress["step"]
     policy.trainer_state = progress["trainer_state"]
     _set_random_state(json.loads((directory / f"rng-{ranks.rank:05d}.json").read_text()))

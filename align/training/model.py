@@ -81,14 +81,19 @@ def load_network(model_dir: Path, dtype: str, gradient_checkpointing: bool = Fal
         model_dir, dtype=DTYPES[dtype], attn_implementation=attention.ATTENTION, use_safetensors=True
     )
     _refuse_unsupported(network, model_dir)
-    for module in network.modules():  # a preference loss compares log-probabilities; noise in them is not wanted
+    remove_noise(network)
+    if gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    return network
+
+
+def remove_noise(network: nn.Module) -> None:
+    """No dropout anywhere: losses compare log-probabilities, and noise in them is not wanted."""
+    for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0  # type: ignore[assignment]
-    if gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    return network
 
 
 def _refuse_unsupported(network: Any, model_dir: Path) -> None:

@@ -68,14 +68,127 @@ class Algorithm:
         return f"align.training.{self.family}"
 
 
-_PAIRWISE = "align.training.losses"
+_PAIRS = "align.training.losses"
+_ANY_PAIR = ("beta", "nll_weight", "ld_alpha")  # what every loss of pairs with a reference reads
+_EACH = (*_ANY_PAIR, "wpo")  # and one that gives every pair a value of its own
+_MARGIN = (*_EACH, "divergence", "divergence_alpha")  # and one of the margin
+_FREE = ("beta", "nll_weight", "wpo")  # and one without a reference
 
-_LOSSES: tuple[LossFacts, ...] = (
+_PREFERENCE: tuple[LossFacts, ...] = (
     LossFacts(
-        "dpo", "preference", f"{_PAIRWISE}:dpo",
-        formula="-p log σ(z) - (1-p) log σ(-z)", paper="2305.18290", options=("beta", "nll_weight"),
+        "dpo", "preference", f"{_PAIRS}.pairwise:dpo", options=_MARGIN,
+        formula="-p log σ(z) - (1-p) log σ(-z)", paper="2305.18290",
+    ),
+    LossFacts(
+        "cdpo", "preference", f"{_PAIRS}.pairwise:cdpo", options=(*_MARGIN, "label_smoothing"),
+        formula="dpo with p (1-ε) + (1-p) ε for p", paper="Mitchell 2023", needs="label_smoothing",
+    ),
+    LossFacts(
+        "rdpo", "preference", f"{_PAIRS}.pairwise:rdpo", options=(*_MARGIN, "label_smoothing"), soft=False,
+        formula="[-(1-ε) log σ(z) + ε log σ(-z)] / (1-2ε)", paper="2403.00409", needs="label_smoothing",
+    ),
+    LossFacts(
+        "hinge", "preference", f"{_PAIRS}.pairwise:hinge", options=_MARGIN,
+        formula="p max(0, 1-z) + (1-p) max(0, 1+z)", paper="2305.10425",
+    ),
+    LossFacts(
+        "ipo", "preference", f"{_PAIRS}.pairwise:ipo", options=_MARGIN,
+        formula="p (m - 1/2β)² + (1-p) (m + 1/2β)²", paper="2310.12036",
+    ),
+    LossFacts(
+        "dpo_norm", "preference", f"{_PAIRS}.pairwise:dpo_norm", options=_MARGIN,
+        formula="dpo with β m for z", paper="2411.15124",
+    ),
+    LossFacts(
+        "exo", "preference", f"{_PAIRS}.pairwise:exo", options=(*_MARGIN, "label_smoothing"),
+        formula="KL((σ(z), σ(-z)) ‖ (q, 1-q)), q = p (1-ε) + (1-p) ε", paper="2402.00856", needs="label_smoothing",
+    ),
+    LossFacts(
+        "nca", "preference", f"{_PAIRS}.one_sided:nca", options=_EACH,
+        formula="-p log σ(βc) - (1-p) log σ(βr) - ½ log σ(-βc) - ½ log σ(-βr)", paper="2402.05369",
+    ),
+    LossFacts(
+        "bco", "preference", f"{_PAIRS}.one_sided:bco", options=(*_EACH, "reward_shift"), soft=False,
+        formula="-log σ(βc - δ) - log σ(δ - βr), δ the mean reward so far", paper="2404.04656",
+    ),
+    LossFacts(
+        "sppo_hard", "preference", f"{_PAIRS}.one_sided:sppo_hard", options=_EACH,
+        formula="(c - (p-½)/β)² + (r + (p-½)/β)²", paper="2405.00675",
+    ),
+    LossFacts(
+        "aot", "preference", f"{_PAIRS}.whole_step:aot", options=(*_ANY_PAIR, "label_smoothing"), soft=False,
+        formula="cross-entropy of 1-ε at β (sort(lc-lr) - sort(lc-lr under the reference))", paper="2406.05882",
+        whole_step=True,
+    ),
+    LossFacts(
+        "aot_unpaired", "preference", f"{_PAIRS}.whole_step:aot_unpaired", options=(*_ANY_PAIR, "label_smoothing"),
+        formula="cross-entropy of 1-ε at β (sort(c) - sort(r))", paper="2406.05882", soft=False, whole_step=True,
+    ),
+    LossFacts(
+        "apo_zero", "preference", f"{_PAIRS}.one_sided:apo_zero", options=_EACH, soft=False,
+        formula="σ(-βc) + σ(βr)", paper="2408.06266",
+    ),
+    LossFacts(
+        "apo_down", "preference", f"{_PAIRS}.one_sided:apo_down", options=_EACH, soft=False,
+        formula="σ(βc) + σ(-z)", paper="2408.06266",
+    ),
+    LossFacts(
+        "discopop", "preference", f"{_PAIRS}.pairwise:discopop", options=(*_MARGIN, "discopop_tau"), soft=False,
+        formula="-(1-s) log σ(z) + s exp(-z), s = σ(z/τ)", paper="2406.08414",
+    ),
+    LossFacts(
+        "weighted", "preference", f"{_PAIRS}.pairwise:weighted", options=_MARGIN,
+        formula="-(2p-1) log σ(z)", paper="align", needs="pairs.labels: soft",
+    ),
+    LossFacts(
+        "gdpo", "preference", f"{_PAIRS}.pairwise:gdpo", options=_MARGIN,
+        formula="-log σ((2p-1) z)", paper="2409.06691", needs="pairs.labels: soft",
+    ),
+    LossFacts(
+        "dr_dpo", "preference", f"{_PAIRS}.whole_step:dr_dpo", options=(*_ANY_PAIR, "dr_temperature"),
+        formula="-b log mean exp(-l/b), l the dpo losses of the step", paper="2407.07880", whole_step=True,
+    ),
+    LossFacts(
+        "sft", "preference", f"{_PAIRS}.one_sided:sft", soft=False, reference=False,
+        formula="-lc / mean |c| of the step", paper="-",
+    ),
+    LossFacts(
+        "simpo", "preference", f"{_PAIRS}.reference_free:simpo",
+        options=(*_FREE, "simpo_gamma", "label_smoothing"), reference=False,
+        formula="dpo with β (lc/|c| - lr/|r|) - γ for z", paper="2405.14734",
+    ),
+    LossFacts(
+        "orpo", "preference", f"{_PAIRS}.reference_free:orpo", options=_FREE, reference=False,
+        formula="β dpo with log odds(lc/|c|) - log odds(lr/|r|) for z", paper="2403.07691",
+    ),
+    LossFacts(
+        "cpo", "preference", f"{_PAIRS}.reference_free:cpo", options=(*_FREE, "label_smoothing"), reference=False,
+        formula="dpo with β (lc - lr) for z", paper="2401.08417",
+    ),
+    LossFacts(
+        "cpo_hinge", "preference", f"{_PAIRS}.reference_free:cpo_hinge", options=_FREE, reference=False,
+        formula="hinge with β (lc - lr) for z", paper="2305.10425",
+    ),
+    LossFacts(
+        "cpo_ipo", "preference", f"{_PAIRS}.reference_free:cpo_ipo", options=_FREE, reference=False,
+        formula="ipo with lc/|c| - lr/|r| for m", paper="2310.12036",
     ),
 )  # fmt: skip
+
+_POLICY_GRADIENT: tuple[LossFacts, ...] = (
+    LossFacts(
+        "ppo_clip", "policy_gradient", f"{_PAIRS}.policy_gradient:clipped",
+        formula="max(-A ρ, -A clip(ρ, 1-c, 1+c')), ρ = π/π_old per token", paper="1707.06347",
+        needs="training.rl, training.reward",
+    ),
+    LossFacts(
+        "p3o_joint", "policy_gradient", f"{_PAIRS}.policy_gradient:joint",
+        formula="max(-a ρ, -a clip(ρ, 1-c, 1+c')), a = (r1-r2)/2, ρ = ρ1/ρ2 of two responses", paper="2310.00212",
+        needs="training.rl, training.reward",
+    ),
+)  # fmt: skip
+
+_LOSSES: tuple[LossFacts, ...] = (*_PREFERENCE, *_POLICY_GRADIENT)
 
 LOSSES: dict[str, LossFacts] = {facts.name: facts for facts in _LOSSES}
 assert len(LOSSES) == len(_LOSSES), "two losses of one name"
@@ -85,7 +198,17 @@ def _of(family: Family) -> tuple[str, ...]:
     return tuple(facts.name for facts in _LOSSES if facts.family == family)
 
 
-_ALGORITHMS: tuple[Algorithm, ...] = (Algorithm("dpo", "preference", _of("preference"), consumes="pairs"),)
+_ALGORITHMS: tuple[Algorithm, ...] = (
+    Algorithm("dpo", "preference", _of("preference"), consumes="pairs"),
+    Algorithm("ppo", "policy_gradient", ("ppo_clip",), consumes="scores", critic=True),
+    Algorithm("grpo", "policy_gradient", ("ppo_clip",), consumes="scores"),
+    Algorithm("rloo", "policy_gradient", ("ppo_clip",), consumes="scores"),
+    Algorithm("reinforce_pp", "policy_gradient", ("ppo_clip",), consumes="scores"),
+    Algorithm("remax", "policy_gradient", ("ppo_clip",), consumes="scores"),
+    Algorithm("pairwise_grpo", "policy_gradient", ("ppo_clip",), consumes="scores"),
+    Algorithm("p3o", "policy_gradient", ("p3o_joint",), consumes="scores"),
+    Algorithm("pairwise_ppo", "policy_gradient", ("ppo_clip",), consumes="scores", critic=True),
+)
 
 ALGORITHMS: dict[str, Algorithm] = {algorithm.name: algorithm for algorithm in _ALGORITHMS}
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from align.recipe_base import Block, Count, Fraction, NonNegative, Positive
+from align.recipe_preference import preference_faults
+from align.recipe_rl import policy_gradient_faults
 from align.recipe_training import Training, training_faults
 from align.verifiers.spec import VerifierSpec
 
@@ -313,6 +315,9 @@ class Recipe(Block):
                     "with both it would be wrapped twice, so leave one out"
                 )
         wrong += training_faults(self.training)
+        if self.training.trainer.family == "policy_gradient":
+            wrong += policy_gradient_faults(self)
+        wrong += preference_faults(self)
         if self.training.trainer.consumes != "pairs" and self.pairs.changed():
             wrong.append(f"pairs: {self.training.algorithm} learns from scores and builds no pairs; take the block out")
         if wrong:

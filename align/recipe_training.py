@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from align.catalogue import ALGORITHMS, BLOCKS, LOSSES, Algorithm, LossFacts, loss_name
 from align.recipe_base import Block, Count, Fraction, NonNegative, Positive
+from align.recipe_rl import PolicyGradient, Reward
 
 if TYPE_CHECKING:
     AlgorithmName = str
@@ -25,11 +26,25 @@ class Loss(Block):
     beta: Positive = 0.1
     """Strength of the pull to the reference."""
     nll_weight: NonNegative = 0.0
-    """Factor of an added per-token negative log-likelihood of the chosen response."""
-
-
-class PolicyGradient(Block):
-    """Settings of the policy-gradient trainers."""
+    """Factor of an added per-token negative log-likelihood of the chosen response (RPO, CPO and ORPO have it)."""
+    label_smoothing: Fraction = 0.0
+    """ε: share of preferences that are the wrong way round, below 0.5."""
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    """Which divergence from the reference the loss stands for (f-DPO)."""
+    divergence_alpha: Positive = 0.5
+    """α of the alpha-divergence; 1 is the reverse KL."""
+    ld_alpha: Fraction | None = None
+    """LD-DPO: factor on the log-probabilities behind the length of the pair's shorter response. Default: no such cut."""
+    wpo: bool = False
+    """WPO: weight each pair by how likely the policy is to write its two responses."""
+    reward_shift: Literal["running", "none"] = "running"
+    """BCO's δ: the mean reward over all steps so far, or 0."""
+    discopop_tau: Positive = 0.05
+    """DiscoPOP's τ: how sharply it changes from the logistic to the exponential loss."""
+    simpo_gamma: NonNegative = 0.5
+    """SimPO's γ: the margin that the chosen response should win by, after beta."""
+    dr_temperature: Positive = 1.0
+    """Dr. DPO's b: the smaller, the less pairs with a high loss count."""
 
 
 class Negative(Block):
@@ -40,8 +55,13 @@ class Supervised(Block):
     """Settings of the supervised trainers."""
 
 
-class Reward(Block):
-    """What number a policy-gradient trainer maximises."""
+class ReferenceSync(Block):
+    """TR-DPO: the reference takes a step to the policy now and then; its log-probabilities are then computed live."""
+
+    every_steps: Count = 256
+    """Optimizer steps between two moves, counted over the whole run."""
+    mix: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    """How far it goes: reference = mix * policy + (1 - mix) * reference; 1 copies the policy."""
 
 
 class Training(Block):
@@ -51,8 +71,10 @@ class Training(Block):
     """Which trainer."""
     loss: Loss = Loss()
     """The loss and its settings."""
-    reference: Literal["initial", "round"] = "initial"
-    """The policy before the first round, or the policy at the start of each round."""
+    reference: Literal["initial", "round", "none"] = "initial"
+    """The policy before the first round, the policy at the start of each round, or none, for losses without one."""
+    reference_sync: ReferenceSync | None = None
+    """Let the reference follow the policy during the rounds (TR-DPO). Default: it stays."""
     epochs: Count = 1
     """Passes over a round's data."""
     pairs_per_step: Count = 64

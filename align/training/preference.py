@@ -5,7 +5,8 @@ response that several pairs share are computed once.  The loss of a step is
 
     sum over pairs of weight * loss / pairs of the step  +  nll_weight * sum of chosen tokens' -log π / their number,
 
-both counted over all ranks and micro-batches, so neither the number of ranks nor `tokens_per_batch` changes it.
+both counted over all ranks and micro-batches, so neither the number of ranks nor `tokens_per_batch` changes it.  WPO
+multiplies the weight by how likely the policy is to write the two responses.
 The last step of an epoch may have fewer pairs; it is divided by its own count.
 
 Legend: B pairs of a micro-batch, K responses, N response tokens.
@@ -17,6 +18,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,10 @@ from align.records import Pair, Sample
 from align.training.engine import PolicyEngine
 from align.training.groups import Group, PackedBatch
 from align.training.logps import TokenLogProbs
-from align.training.losses import PairBatch
+from align.training.losses.divergence import with_divergence
+from align.training.losses.pairs import PairBatch
+from align.training.losses.tokens import wpo_log_weights
+from align.training.pair_sums import PairSums, ld_totals, pair_sums
 from align.training.steps import (
     Part,
     PlainObjective,
@@ -54,10 +59,11 @@ def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: 
         raise ValueError("train_round needs at least one pair")
     training = recipe.training
     started = time.monotonic()
-    reference: Mapping[str, float] = {}
-    if training.loss_facts.reference:
-        reference = reference_sums(engine, data.pairs, data.samples, initial=training.reference == "initial")
-    objective = PreferenceObjective(recipe, reference)
+    reference: PairSums = {}
+    if training.loss_facts.reference and training.reference_sync is None:
+        initial = training.reference == "initial"
+        reference = pair_sums(engine, data.pairs, data.samples, training.loss.ld_alpha, reference=initial)
+    objective = PreferenceObjective(recipe, reference, data.samples)
     rows: list[dict] = []
     for epoch in range(training.epochs):
         for chosen in _steps(data.pairs, training.pairs_per_step, f"{recipe.seed}/{data.round}/{epoch}"):
@@ -67,22 +73,6 @@ def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: 
             rows.append(row)
             on_step(row)
     return mean_report(rows, len(data.pairs) * training.epochs, time.monotonic() - started, {})
-
-
-def reference_sums(
-    engine: PolicyEngine, pairs: Sequence[Pair], samples_by_id: Mapping[str, Sample], initial: bool
-) -> dict[str, float]:
-    """Summed reference log-probability of every response in the pairs, on every rank; each rank computes a share."""
-    ids = sorted(
-        {i for p in pairs for i in (p.chosen_id, p.rejected_id)}, key=lambda i: (samples_by_id[i].prompt_id, i)
-    )
-    prompts = sorted({samples_by_id[i].prompt_id for i in ids})
-    mine = {prompts[i] for i in engine.ranks.share(len(prompts))}
-    wanted = [i for i in ids if samples_by_id[i].prompt_id in mine]
-    sequences = [(samples_by_id[i].prompt_ids, samples_by_id[i].response_ids) for i in wanted]
-    found = engine.token_logprobs(sequences, reference=initial).logprobs
-    sums = {i: float(row.sum(dtype="float64")) for i, row in zip(wanted, found, strict=True)}
-    return {i: total for part in engine.ranks.gather(sums, "reference") for i, total in part.items()}
 
 
 def _steps(pairs: Sequence[Pair], pairs_per_step: int, seed: str) -> list[list[Pair]]:
@@ -124,62 +114,136 @@ def _unit(pairs: Sequence[Pair], samples_by_id: Mapping[str, Sample]) -> Unit[Pa
 
 
 class PreferenceObjective(PlainObjective):
-    """The recipe's preference loss on a step's pairs."""
+    """The recipe's preference loss on a step's pairs.
 
-    sums = ("loss", "nll", "accuracy", "margin", "chosen_logprob", "rejected_logprob")
+    A loss that couples the whole step is differentiated once, on the log-probabilities of a first pass over all
+    pairs; each micro-batch then gives its terms of sum_i (d loss / d log π_i) log π_i, which has the same gradient.
+    """
 
-    def __init__(self, recipe: Recipe, reference: Mapping[str, float]) -> None:
+    sums = ("loss", "nll", "accuracy", "margin", "chosen_logprob", "rejected_logprob", "reward", "wpo_weight")
+
+    def __init__(self, recipe: Recipe, reference: PairSums, samples: Mapping[str, Sample]) -> None:
         self._settings = recipe.training.loss
         self._facts = recipe.training.loss_facts
         self._loss = self._facts.function()
         self._arguments = self._facts.arguments(self._settings)
-        self._reference = reference
+        self._running = "reward_shift" in self._facts.options and self._settings.reward_shift == "running"
+        self._live = recipe.training.reference_sync is not None
+        self._reference, self._samples = reference, samples
         self._pairs = self._chosen_tokens = 0  # of the whole step
+        self._slopes: dict[str, tuple[float, float, float]] = {}  # whole-step losses: loss, and its slopes, by pair
+        self._state: dict[str, Any] = {}  # the engine's
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """WPO asks how peaked each token's distribution is."""
+        return {"squares": True} if self._settings.wpo else {}
 
     def before_step(self, engine: PolicyEngine, shares: Sequence[Sequence[Unit[PairRow]]]) -> None:
-        """Count what the step's loss is divided by."""
+        """Count what the step's loss is divided by, and do what needs all pairs of the step."""
         units = [unit for share in shares for unit in share]
         self._pairs = sum(len(u.rows) for u in units)
         self._chosen_tokens = sum(len(u.group.responses[row.chosen]) for u in units for row in u.rows)
+        self._state = engine.trainer_state
+        if self._running:
+            self._arguments["shift"] = self._state.get("mean_reward", 0.0)
+        pairs = [row.pair for unit in units for row in unit.rows]
+        if self._live:
+            self._reference = pair_sums(engine, pairs, self._samples, self._settings.ld_alpha, reference=True)
+        if self._facts.whole_step:
+            sums = pair_sums(engine, pairs, self._samples, self._settings.ld_alpha, reference=False)
+            self._slopes = self._differentiate(pairs, sums)
+
+    def _differentiate(self, pairs: Sequence[Pair], sums: PairSums) -> dict[str, tuple[float, float, float]]:
+        """By pair: its loss, and what the step's loss changes by per nat of its chosen and rejected response."""
+        both = torch.tensor([sums[p.id] for p in pairs], dtype=torch.float64).T.contiguous().requires_grad_()
+        with torch.enable_grad():
+            batch = self._batch(pairs, both[0], both[1])
+            losses = self._loss(batch, **self._arguments)
+            (slope,) = torch.autograd.grad((batch.weight * losses).sum() / self._pairs, both)
+        columns = (losses.detach().tolist(), *slope.tolist())
+        return {p.id: numbers for p, *numbers in zip(pairs, *columns, strict=True)}  # type: ignore[misc]
+
+    def _batch(self, pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor) -> PairBatch:
+        """The pairs with these sums [B] as the policy's."""
+
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=chosen.dtype, device=chosen.device)
+
+        reference = [self._reference.get(p.id, (0.0, 0.0)) for p in pairs]
+        batch = PairBatch(
+            policy_chosen=chosen,
+            policy_rejected=rejected,
+            ref_chosen=column([c for c, _ in reference]),
+            ref_rejected=column([r for _, r in reference]),
+            label=column([p.label for p in pairs]),
+            weight=column([p.weight for p in pairs]),
+            chosen_length=column([len(self._samples[p.chosen_id].response_ids) for p in pairs]),
+            rejected_length=column([len(self._samples[p.rejected_id].response_ids) for p in pairs]),
+            tokens_per_pair=self._chosen_tokens / self._pairs,
+        )
+        return with_divergence(batch, self._settings.divergence, self._settings.divergence_alpha)
 
     def part(self, batch: PackedBatch, units: Sequence[Unit[PairRow]], found: TokenLogProbs) -> Part:
         """The micro-batch's share of the global loss and of the metrics."""
-        rows, chosen_slots, rejected_slots = _rows_of(batch, units)
-        totals = response_totals(batch, found)  # [K]
-        device = totals.device
-        chosen, rejected = totals[chosen_slots.to(device)], totals[rejected_slots.to(device)]
-
-        def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
-        records = PairBatch(
-            policy_chosen=chosen,
-            policy_rejected=rejected,
-            ref_chosen=column([self._reference.get(r.pair.chosen_id, 0.0) for r in rows]),
-            ref_rejected=column([self._reference.get(r.pair.rejected_id, 0.0) for r in rows]),
-            label=column([r.pair.label for r in rows]),
-        )
-        losses = self._loss(records, **self._arguments)
-        weighted = (column([r.pair.weight for r in rows]) * losses).sum() / self._pairs
-        nll = -chosen.sum() * (self._settings.nll_weight / self._chosen_tokens)
+        rows, slots = _rows_of(batch, units)
+        pairs = [row.pair for row in rows]
+        device = found.logprobs.device
+        places = torch.tensor(slots).T.to(device)  # [2, B]
+        plain = response_totals(batch, found)[places]  # [2, B]
+        alpha = self._settings.ld_alpha
+        sums = plain if alpha is None else ld_totals(found.logprobs, batch.lengths.tolist(), slots, alpha)
+        records = self._batch(pairs, sums[0], sums[1])
+        likely = torch.ones_like(records.weight)
+        if found.squares is not None:
+            lengths = batch.lengths.to(device)
+            likely = wpo_log_weights(found.logprobs, found.squares, lengths)[places].sum(0).exp()
+        weight = records.weight * likely
+        if self._facts.whole_step:
+            known = torch.tensor([self._slopes[p.id] for p in pairs], dtype=torch.float64, device=device).T
+            losses = known[0]
+            to_differentiate = (known[1:].to(sums.dtype) * sums).sum()
+        else:
+            losses = self._loss(records, **self._arguments)
+            to_differentiate = (weight * losses).sum() / self._pairs
+        nll = -plain[0].sum() * (self._settings.nll_weight / self._chosen_tokens)
         with torch.no_grad():
-            margin = self._settings.beta * records.margin
-            sums = torch.stack([weighted, nll, (margin > 0).sum(), margin.sum(), chosen.sum(), rejected.sum()])
-        names = [f"{r.pair.chosen_id}/{r.pair.rejected_id}" for r in rows]
-        return Part(weighted + nll, sums.detach().double(), losses.detach(), names)
+            beta = self._settings.beta
+            seen = {
+                "loss": (weight * losses).sum() / self._pairs,
+                "nll": nll,
+                "accuracy": (records.margin > 0).sum(),
+                "margin": beta * records.margin.sum(),
+                "chosen_logprob": plain[0].sum(),
+                "rejected_logprob": plain[1].sum(),
+                "reward": beta * (records.chosen + records.rejected).sum() / 2,
+                "wpo_weight": likely.sum(),
+            }
+            totals = torch.stack([seen[name].double() for name in self.sums])
+        names = [f"{p.chosen_id}/{p.rejected_id}" for p in pairs]
+        return Part(to_differentiate + nll, totals, losses.detach(), names)
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Means over the step's pairs."""
+        """Means over the step's pairs; BCO's mean reward takes this step in."""
         means = {k: sums[k] / self._pairs for k in ("accuracy", "margin", "chosen_logprob", "rejected_logprob")}
+        if self._settings.wpo:
+            means["wpo_weight"] = sums["wpo_weight"] / self._pairs
+        if self._running:
+            before, mean = self._state.get("rewards", 0), self._state.get("mean_reward", 0.0)
+            self._state["rewards"] = before + self._pairs
+            self._state["mean_reward"] = mean + (sums["reward"] / self._pairs - mean) * self._pairs / (
+                before + self._pairs
+            )
+            means["reward_shift"] = mean
         return {"loss": sums["loss"] + sums["nll"], **means, "pairs": self._pairs}
 
 
-def _rows_of(batch: PackedBatch, units: Sequence[Unit[PairRow]]) -> tuple[list[PairRow], Tensor, Tensor]:
-    """The pairs whose groups lie in this batch, and the places [B] of their responses among the batch's K."""
+def _rows_of(batch: PackedBatch, units: Sequence[Unit[PairRow]]) -> tuple[list[PairRow], list[tuple[int, int]]]:
+    """The pairs whose groups lie in this batch, and the places (chosen, rejected) among its K responses."""
     place = {member: k for k, member in enumerate(batch.members)}
     found = [
-        (row, place[index, row.chosen], place[index, row.rejected])
+        (row, (place[index, row.chosen], place[index, row.rejected]))
         for index in dict.fromkeys(group for group, _ in batch.members)
         for row in units[index].rows
     ]
-    return [f[0] for f in found], torch.tensor([f[1] for f in found]), torch.tensor([f[2] for f in found])
+    return [row for row, _ in found], [slots for _, slots in found]

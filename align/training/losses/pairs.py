@@ -38,8 +38,8 @@ class PairBatch:
     tokens_per_pair: float = 1.0  # chosen tokens of the whole step over its pairs
 
     def __post_init__(self) -> None:
-        fields = (self.policy_chosen, self.policy_rejected, self.ref_chosen, self.ref_rejected, self.label)
-        fields = (*fields, self.weight, self.chosen_length, self.rejected_length)
+        policy, reference = (self.policy_chosen, self.policy_rejected), (self.ref_chosen, self.ref_rejected)
+        fields = (*policy, *reference, self.label, self.weight, self.chosen_length, self.rejected_length)
         assert all(t.ndim == 1 and t.shape == self.label.shape for t in fields), [tuple(t.shape) for t in fields]
 
     @property
@@ -54,7 +54,7 @@ class PairBatch:
 
     @property
     def margin(self) -> Tensor:
-        """[B] log-ratio of the chosen response minus that of the rejected one, in nats; most losses see beta times it."""
+        """[B] log-ratio of the chosen response minus that of the rejected one, in nats."""
         return self.chosen - self.rejected
 
     @property

@@ -30,6 +30,11 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change, such as training.learning_rate=1e-5."),
 ]
 RankCount = Annotated[int | None, typer.Option("--ranks", help="Processes to start on this machine. Default: 1.")]
+GpuMemory = Annotated[
+    float | None,
+    typer.Option("--gpu-gib", min=1, help="Plan for one GPU of this memory per rank, not for this machine."),
+]
+HostMemory = Annotated[float, typer.Option("--host-gib", min=1, help="With --gpu-gib: the machine's main memory.")]
 Round = Annotated[int | None, typer.Option("--round", help="Which round, from 0. Default: the one the run stands at.")]
 
 
@@ -40,7 +45,13 @@ def run(recipe: RecipeFile, overrides: Overrides = None, ranks: RankCount = None
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, ranks: RankCount = None) -> None:
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    ranks: RankCount = None,
+    gpu_gib: GpuMemory = None,
+    host_gib: HostMemory = 1024.0,
+) -> None:
     """Print stages, steps, memory and disk without loading a model; refuse what cannot fit."""
     from align.launcher import apply_environment, check_rank_count, rank_environment
     from align.progress import clean
@@ -50,9 +61,11 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, ranks: RankCount = Non
     count = 1 if ranks is None else ranks
     check_rank_count(count)
     apply_environment(rank_environment(count))
+    from align.machine import imagined
     from align.plan import make_plan, render
 
-    print(clean(render(make_plan(loaded, count))))
+    machine = None if gpu_gib is None else imagined(count, gpu_gib, host_gib)
+    print(clean(render(make_plan(loaded, count, machine=machine))))
 
 
 @app.command()

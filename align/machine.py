@@ -24,6 +24,7 @@ class Machine:
     device_free: int  # of it, not in use now
     host_bytes: int  # one rank's share of main memory
     host_free: int  # one rank's share of what is free now
+    here: bool = True  # False for a machine that is only planned for: nothing is known of its disk
 
 
 def find_machine(ranks: int) -> Machine:
@@ -51,6 +52,13 @@ def find_machine(ranks: int) -> Machine:
         host_bytes=host,
         host_free=host_free,
     )
+
+
+def imagined(ranks: int, gpu_gib: float, host_gib: float) -> Machine:
+    """A machine with a GPU of this memory for each rank, and this much main memory shared by all of them."""
+    device, host = int(gpu_gib * 2**30), int(host_gib * 2**30) // ranks
+    name = f"GPUs of {gpu_gib:g} GiB, as asked"
+    return Machine("cuda", name, ranks, ranks, device, device, host, host, here=False)
 
 
 def container_limit() -> int | None:

@@ -43,7 +43,7 @@ class Plan:
     cold_start: tuple[Part, ...]  # memory while it lasts, before trainer and sampler start; empty without one
     memory: tuple[Part, ...]
     disk: tuple[Store, ...]
-    disk_free: int
+    disk_free: int | None  # None for a machine that is not this one
     notes: tuple[str, ...]
 
     def device_bytes(self) -> int:
@@ -115,7 +115,7 @@ def make_plan(
         cold_start=cold_start_parts(recipe, policy, machine, ranks=ranks, longest=longest),
         memory=memory,
         disk=plan_disk(recipe, policy, facts, stages),
-        disk_free=free_disk(Path(recipe.output_dir)),
+        disk_free=free_disk(Path(recipe.output_dir)) if machine.here else None,
         notes=(),
     )
     problems = find_problems(plan)
@@ -202,7 +202,7 @@ def find_problems(plan: Plan) -> list[str]:
     for what, need, have, whose, parts in budgets:
         if need > have:
             problems.append(_too_large(what, need, have, whose, parts))
-    if plan.disk_bytes() > plan.disk_free:
+    if plan.disk_free is not None and plan.disk_bytes() > plan.disk_free:
         problems.append(_too_large("disk", plan.disk_bytes(), plan.disk_free, "free under output_dir", plan.disk))
     return problems
 
@@ -262,7 +262,8 @@ def render(plan: Plan) -> str:
     lines += _columns([(p.name + (mark if p.place == "host" else ""), gib(p.bytes), p.formula) for p in plan.memory])
     host = f", host {gib(plan.host_bytes())}" if plan.host_bytes() else ""
     lines += [f"  in all: {gib(plan.device_bytes())}{host}"]
-    lines += ["", f"Disk under output_dir ({gib(plan.disk_free)} free)"]
+    free = "" if plan.disk_free is None else f" ({gib(plan.disk_free)} free)"
+    lines += ["", f"Disk under output_dir{free}"]
     lines += _columns([(s.name, gib(s.bytes), s.formula) for s in plan.disk])
     lines.append(f"  in all: {gib(plan.disk_bytes())}")
     if plan.notes:

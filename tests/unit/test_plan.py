@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from align import plan as plan_module
 from align.errors import InputError
-from align.machine import Machine
+from align.machine import Machine, imagined
 from align.memory import (
     batch_tokens,
     cold_start_parts,
@@ -212,6 +212,7 @@ def kept_by_autograd(config: Any, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes that backward keeps of one packed batch beside the weights, response tokens of the batch)."""
     from align.training.attention import ATTENTION, register
     from align.training.groups import Group, lay_out, plan_batches
+    from align.training.logps import HeadOptions
     from align.training.model import PolicyNetwork
 
     register()
@@ -229,7 +230,7 @@ def kept_by_autograd(config: Any, dtype: torch.dtype) -> tuple[int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logprobs, _ = PolicyNetwork(network)(batch, 64)
+        logprobs, *_ = PolicyNetwork(network)(batch, HeadOptions(64))
     assert logprobs.requires_grad
     return sum(s.nbytes() for s in kept.values()), batch.targets.numel()
 
@@ -426,6 +427,13 @@ def test_a_full_disk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "free_disk", lambda directory: 1_000_000)
     with pytest.raises(InputError, match=r"disk: the run needs .* free under output_dir.*training\.keep_checkpoints"):
         tiny_plan()
+
+
+def test_another_machine_is_planned_for_without_this_ones_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "free_disk", lambda directory: 0)
+    plan = make_plan(recipe(), ranks=4, prompts=prompt_set(), machine=imagined(4, gpu_gib=80, host_gib=1000))
+    assert plan.disk_free is None and "GPUs of 80 GiB" in render(plan)
+    assert (plan.machine.device_bytes, plan.machine.host_bytes) == (80 * GIB, 250 * GIB)
 
 
 def test_everything_that_cannot_fit_is_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:

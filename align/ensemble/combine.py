@@ -67,8 +67,12 @@ class Combined:
     diagnostics: Mapping[str, float]
 
 
-def combine(table: VerdictTable, settings: Ensemble) -> Combined:
-    """P(good), reward and the estimates of this round's table."""
+def combine(table: VerdictTable, settings: Ensemble, labels: Mapping[str, bool] | None = None) -> Combined:
+    """P(good), reward and the estimates of this round's table.
+
+    `labels` says of some samples, by the id they have in `table.ids`, whether they are good; ids that are not in the
+    table are passed over.
+    """
     method, fit, why, warnings = _choose(table, settings)
     values = normalise(table)
     return Combined(

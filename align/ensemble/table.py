@@ -34,12 +34,13 @@ class VerdictTable:
     prompts: np.ndarray  # [N] int: which prompt a sample answers
     failures: tuple[Mapping[str, int], ...] = ()  # [M] how often each reason stands for a missing verdict
     whole_prompts: tuple[bool, ...] = ()  # [M] judges a prompt's responses by each other; empty: none does
+    ids: tuple[str, ...] = ()  # [N] sample ids, by which labels are found; empty: nothing can be labelled
 
     def __post_init__(self) -> None:
         n, m = self.values.shape
         assert len(self.names) == len(self.kinds) == len(self.families) == m and self.prompts.shape == (n,)
         assert len(self.failures) in (0, m) and set(self.kinds) <= {"binary", "score"}
-        assert len(self.whole_prompts) in (0, m)
+        assert len(self.whole_prompts) in (0, m) and len(self.ids) in (0, n)
         if np.isinf(self.values).any():
             raise ValueError(f"verifier {self._first_column(np.isinf(self.values))!r} gave an infinite value")
         binary = np.array([kind == "binary" for kind in self.kinds], dtype=bool)
@@ -88,4 +89,5 @@ def from_records(
         prompts=prompts,
         failures=tuple(dict(counter) for counter in failures),
         whole_prompts=tuple(spec.kind in KINDS and KINDS[spec.kind].whole_prompts for spec in specs),
+        ids=tuple(row),
     )

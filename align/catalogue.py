@@ -188,7 +188,124 @@ _POLICY_GRADIENT: tuple[LossFacts, ...] = (
     ),
 )  # fmt: skip
 
-_LOSSES: tuple[LossFacts, ...] = (*_PREFERENCE, *_POLICY_GRADIENT)
+_OWN = "align.training.losses.supervised"
+_SUPERVISED: tuple[LossFacts, ...] = (
+    LossFacts(
+        "best_of_n", "supervised", f"{_OWN}:nll", reference=False, soft=False,
+        formula="-log π of each prompt's best responses", paper="2305.14387",
+    ),
+    LossFacts(
+        "filter", "supervised", f"{_OWN}:nll", reference=False,
+        formula="-log π of the responses with R ≥ threshold", paper="2302.08582",
+    ),
+    LossFacts(
+        "sharpening", "supervised", f"{_OWN}:nll", soft=False,
+        formula="-log π of each prompt's response with the highest log π_base", paper="2412.01951",
+    ),
+    LossFacts(
+        "rlhf_sharpening", "supervised", f"{_OWN}:rlhf_sharpening", options=("beta",), soft=False,
+        formula="(β (Δ1 - Δ2) - (s1 - s2))², s = log π_base", paper="2412.01951",
+    ),
+    LossFacts(
+        "poft", "supervised", f"{_OWN}:poft", reference=False,
+        formula="-log σ(r - r̄), r the mean token log π, r̄ that of aligned models", paper="2412.12865",
+        needs="training.supervised.aligned",
+    ),
+    LossFacts(
+        "masked_thought", "supervised", f"{_OWN}:nll", reference=False,
+        formula="-log π with part of the response hidden from the input", paper="2403.02178",
+    ),
+    LossFacts(
+        "conditional", "supervised", f"{_OWN}:nll", reference=False,
+        formula="-log π behind a control text, good or bad", paper="2302.08582",
+    ),
+    LossFacts(
+        "reward_conditioning", "supervised", f"{_OWN}:nll", reference=False, soft=False,
+        formula="-log π behind the control text of the reward's quantile", paper="2305.14387",
+    ),
+    LossFacts(
+        "unlikelihood_sft", "supervised", f"{_OWN}:unlikelihood", reference=False,
+        formula="-log π of good tokens, -α log(1 - π) of bad ones", paper="2302.08582",
+    ),
+    LossFacts(
+        "rwr", "supervised", f"{_OWN}:rwr", options=("beta",), reference=False,
+        formula="-min(exp(R/β), cap) log π", paper="2302.08582",
+    ),
+    LossFacts(
+        "awr", "supervised", f"{_OWN}:awr", options=("beta",), reference=False,
+        formula="-min(exp((R-V)/β), cap) log π, V the mean R of the prompt", paper="1910.00177",
+    ),
+    LossFacts(
+        "quark", "supervised", f"{_OWN}:quark", soft=False,
+        formula="-log π + λ KL(π ‖ π_0) on the best quantile", paper="2205.13636",
+    ),
+)  # fmt: skip
+
+_LISTS = "align.training.losses.groupwise"
+_SINGLE = ("beta", "desirable_weight", "undesirable_weight")
+_GROUP: tuple[LossFacts, ...] = (
+    LossFacts(
+        "plackett_luce", "group", f"{_LISTS}:plackett_luce", options=("beta",),
+        formula="-Σ_i [s_i - log Σ e^{s_j} over i and all below it]", paper="2402.01878",
+    ),
+    LossFacts(
+        "lipo", "group", f"{_LISTS}:lipo", options=("beta",),
+        formula="Σ_{ψ_i > ψ_j} λ_ij log(1 + e^{s_j - s_i}), λ = |2^ψ_i - 2^ψ_j| |1/D_i - 1/D_j|", paper="2402.01878",
+    ),
+    LossFacts(
+        "ranklist", "group", f"{_LISTS}:ranklist", options=("beta", "rank_margin"),
+        formula="Σ log(1 + e^{W - (s_i - s_j)}) over neighbours in the list", paper="reconstructed",
+    ),
+    LossFacts(
+        "ranklist_skip", "group", f"{_LISTS}:ranklist_skip", options=("beta", "rank_margin", "rank_skip"),
+        formula="Σ_i log(1 + Σ_j e^{W - (s_i - s_j)}), j up to k levels below i", paper="reconstructed",
+    ),
+    LossFacts(
+        "gpo", "group", f"{_LISTS}:gpo", options=("beta",),
+        formula="mean_i (Δ_i - mean_j (ψ_i - ψ_j) / β)²", paper="2410.02197", needs="training.reference: round",
+    ),
+    LossFacts(
+        "reward_regression", "group", f"{_LISTS}:reward_regression", options=("beta",),
+        formula="mean over pairs of ((s_i - s_j) - (ψ_i - ψ_j))²", paper="2404.16767",
+    ),
+    LossFacts(
+        "kto", "group", f"{_PAIRS}.unpaired:kto", options=_SINGLE, whole_step=True,
+        formula="p λ_D σ(β(z - Δ)) + (1-p) λ_U σ(β(Δ - z)), z the KL of the step", paper="2402.01306",
+        needs="two prompts a step",
+    ),
+    LossFacts(
+        "apo_zero_unpaired", "group", f"{_PAIRS}.unpaired:apo_zero_unpaired", options=_SINGLE,
+        formula="kto with z = 0", paper="2408.06266",
+    ),
+)  # fmt: skip
+
+_WRONG = "align.training.losses.negative"
+_NEGATIVE: tuple[LossFacts, ...] = (
+    LossFacts(
+        "d2o", "negative", f"{_WRONG}:d2o", options=("beta", "d2o_alpha"), soft=False,
+        formula="-log σ(β mean_i Δ(own_i) - α Δ(wrong))", paper="2403.03419", needs="training.negative",
+    ),
+    LossFacts(
+        "nsr", "negative", f"{_WRONG}:nsr", reference=False, soft=False,
+        formula="+π, or +π/π_old clipped, at the tokens of wrong responses", paper="2506.01347",
+        needs="training.negative",
+    ),
+    LossFacts(
+        "psr", "negative", f"{_WRONG}:psr", reference=False, soft=False,
+        formula="-π, or -π/π_old clipped, at the tokens of right responses", paper="2506.01347",
+        needs="training.negative",
+    ),
+    LossFacts(
+        "w_reinforce", "negative", f"{_WRONG}:w_reinforce", reference=False, soft=False,
+        formula="λ psr + nsr", paper="2506.01347", needs="training.negative",
+    ),
+    LossFacts(
+        "unlikelihood", "negative", f"{_WRONG}:unlikelihood", reference=False, soft=False,
+        formula="-log(1 - π) at the tokens of wrong responses", paper="1908.04319", needs="training.negative",
+    ),
+)  # fmt: skip
+
+_LOSSES: tuple[LossFacts, ...] = (*_PREFERENCE, *_POLICY_GRADIENT, *_SUPERVISED, *_GROUP, *_NEGATIVE)
 
 LOSSES: dict[str, LossFacts] = {facts.name: facts for facts in _LOSSES}
 assert len(LOSSES) == len(_LOSSES), "two losses of one name"
@@ -208,6 +325,13 @@ _ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("pairwise_grpo", "policy_gradient", ("ppo_clip",), consumes="scores"),
     Algorithm("p3o", "policy_gradient", ("p3o_joint",), consumes="scores"),
     Algorithm("pairwise_ppo", "policy_gradient", ("ppo_clip",), consumes="scores", critic=True),
+    Algorithm("sft", "supervised", _of("supervised"), consumes="scores"),
+    Algorithm("group", "group", _of("group"), consumes="scores"),
+    Algorithm("d2o", "negative", ("d2o",), consumes="scores"),
+    Algorithm("nsr", "negative", ("nsr",), consumes="scores"),
+    Algorithm("psr", "negative", ("psr",), consumes="scores"),
+    Algorithm("w_reinforce", "negative", ("w_reinforce",), consumes="scores"),
+    Algorithm("unlikelihood", "negative", ("unlikelihood",), consumes="scores"),
 )
 
 ALGORITHMS: dict[str, Algorithm] = {algorithm.name: algorithm for algorithm in _ALGORITHMS}

@@ -12,8 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from align.recipe_base import Block, Count, Fraction, NonNegative, Positive
+from align.recipe_group import group_faults
+from align.recipe_negative import negative_faults
 from align.recipe_preference import preference_faults
 from align.recipe_rl import policy_gradient_faults
+from align.recipe_steps import Steps, step_faults
+from align.recipe_supervised import supervised_faults
 from align.recipe_training import Training, training_faults
 from align.verifiers.spec import VerifierSpec
 
@@ -185,8 +189,9 @@ class Ensemble(Block):
 class Pairs(Block):
     """How scored responses become preference pairs."""
 
-    builder: Literal["best_worst", "all_margin", "top_bottom"] = "best_worst"
-    """One pair per prompt, every pair over the margin, or the top k against the bottom k."""
+    builder: Literal["best_worst", "all_margin", "top_bottom", "per_step", "partial", "tree"] = "best_worst"
+    """One pair per prompt, every pair over the margin, the top k against the bottom k; or inside the responses: the
+    step that goes wrong, partly-correct solutions, a search over steps."""
     min_margin: NonNegative = 0.0
     """Drop pairs whose rewards differ by no more than this."""
     k: Count = 2
@@ -197,6 +202,8 @@ class Pairs(Block):
     """Drop pairs that are a tie with more than this probability."""
     labels: Literal["soft", "hard"] = "soft"
     """`soft` gives the loss P(win) and a weight; `hard` says the chosen one wins, weight 1."""
+    steps: Steps = Steps()
+    """Settings of the builders that look inside the responses."""
 
 
 class Rounds(Block):
@@ -300,6 +307,8 @@ class Recipe(Block):
             ]
         if self.policy.from_scratch is not None and self.cold_start is None:
             wrong.append("policy.from_scratch: a random model cannot sample; add a `cold_start` block")
+        if self.policy.lora is not None and self.training.freeze != "none":
+            wrong.append("training.freeze: adapters leave all weights as they are already; take one of the two out")
         if self.cold_start is not None and self.cold_start.source == "prompts" and self.prompts.source != "arithmetic":
             wrong.append("cold_start.source: `prompts` writes solutions for the arithmetic task only; name a file")
         if self.export.lora == "keep" and self.policy.lora is not None and self.cold_start is not None:
@@ -317,9 +326,17 @@ class Recipe(Block):
         wrong += training_faults(self.training)
         if self.training.trainer.family == "policy_gradient":
             wrong += policy_gradient_faults(self)
+        if self.training.trainer.family == "supervised":
+            wrong += supervised_faults(self)
+        if self.training.trainer.family == "group":
+            wrong += group_faults(self)
+        if self.training.trainer.family == "negative":
+            wrong += negative_faults(self)
         wrong += preference_faults(self)
         if self.training.trainer.consumes != "pairs" and self.pairs.changed():
             wrong.append(f"pairs: {self.training.algorithm} learns from scores and builds no pairs; take the block out")
+        outputs = {v.name: v.output for v in self.verifiers}
+        wrong += step_faults(self.pairs.builder, self.pairs.steps, outputs)
         if wrong:
             raise ValueError("\n".join(wrong))
         return self

@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from align.catalogue import ALGORITHMS, BLOCKS, LOSSES, Algorithm, LossFacts, loss_name
 from align.recipe_base import Block, Count, Fraction, NonNegative, Positive
+from align.recipe_negative import Negative
 from align.recipe_rl import PolicyGradient, Reward
+from align.recipe_supervised import Supervised
 
 if TYPE_CHECKING:
     AlgorithmName = str
@@ -45,14 +47,16 @@ class Loss(Block):
     """SimPO's γ: the margin that the chosen response should win by, after beta."""
     dr_temperature: Positive = 1.0
     """Dr. DPO's b: the smaller, the less pairs with a high loss count."""
-
-
-class Negative(Block):
-    """Settings of the negative-sample trainers."""
-
-
-class Supervised(Block):
-    """Settings of the supervised trainers."""
+    desirable_weight: NonNegative = 1.0
+    """KTO's λ_D: factor on the loss of good responses."""
+    undesirable_weight: NonNegative = 1.0
+    """KTO's λ_U: factor on the loss of bad responses."""
+    rank_margin: NonNegative = 0.0
+    """RankList's W: by how much a response should stand above one that is worth less, after beta."""
+    rank_skip: Count = 3
+    """RankList: how many levels of utility down a response is compared."""
+    d2o_alpha: Positive = 0.1
+    """D2O's α: strength of the push away from the wrong answer."""
 
 
 class ReferenceSync(Block):
@@ -97,6 +101,8 @@ class Training(Block):
     """AdamW epsilon."""
     max_grad_norm: Positive = 1.0
     """Clip the global gradient norm to this."""
+    freeze: Literal["none", "half"] = "none"
+    """`half` trains another half of the matrices and norms in every round and leaves the rest as they are (HFT)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 also gradients, 3 also weights."""
     offload: Literal["none", "optimizer", "all"] = "none"

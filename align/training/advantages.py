@@ -58,12 +58,6 @@ def whiten(values: Array, counted: Array | None = None, shift: bool = True) -> A
     return (values - mean) * scale + (0.0 if shift else mean)
 
 
-def scale_only(rewards: Array) -> Array:
-    """Rewards divided by their standard deviation.  The mean stays: to take it away would reward or fine every token
-    the same, and so reward length."""
-    return rewards / np.sqrt(rewards.var(ddof=1) + EPSILON) if len(rewards) > 1 else rewards
-
-
 def group_relative(rewards: Array, groups: Sequence[str], by_std: bool = True) -> Array:
     """[K] (r - mean of the prompt's responses) / (their unbiased std + 1e-6) (GRPO, arXiv 2402.03300).
 

@@ -65,11 +65,15 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None 
 
 
 def joint(
-    policy: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor], rewards: tuple[Tensor, Tensor], clip: float = 0.2
+    policy: tuple[Tensor, Tensor],
+    old: tuple[Tensor, Tensor],
+    rewards: tuple[Tensor, Tensor],
+    low: float = 0.2,
+    high: float = 0.2,
 ) -> Tensor:
     """[B] P3O on summed log-probabilities of two responses of one prompt, clipped jointly (arXiv 2310.00212).
 
-        ρ = [π(y1) / π_old(y1)] / [π(y2) / π_old(y2)],   -min(a ρ, a clip(ρ, 1 ± c)),   a = (r1 - r2) / 2
+        ρ = [π(y1) / π_old(y1)] / [π(y2) / π_old(y2)],   -min(a ρ, a clip(ρ, 1 - low, 1 + high)),   a = (r1 - r2) / 2
 
     Where the policy is the old one, the gradient is -(r1 - r2)/2 ∇[log π(y1) - log π(y2)], which no reward that
     depends on the prompt alone can change.  The clipped form follows a public description of the paper.
@@ -77,7 +81,7 @@ def joint(
     gap = (policy[0] - old[0]) - (policy[1] - old[1])
     ratio = gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     half = 0.5 * (rewards[0] - rewards[1])
-    return torch.maximum(-half * ratio, -half * ratio.clamp(1.0 - clip, 1.0 + clip))
+    return torch.maximum(-half * ratio, -half * ratio.clamp(1.0 - low, 1.0 + high))
 
 
 def token_weights(

@@ -39,6 +39,7 @@ class PairReport:
     pairs: tuple[Pair, ...]
     counts: Mapping[str, int]  # candidates = the stages of DROPPED + pairs
     length_gap_tokens: float  # mean length of the chosen minus that of the rejected, 0 without pairs
+    remarks: tuple[str, ...] = ()  # what a builder left out before there was a candidate
 
     def explain(self) -> str:
         """One sentence per stage that lost something; enough to mend a round without pairs."""
@@ -48,6 +49,7 @@ class PairReport:
             said.append(f"{c['unscored']} responses had no score (too few verdicts, see ensemble.min_voters)")
         if c["single"]:
             said.append(f"{c['single']} prompts had fewer than two scored responses")
+        said += self.remarks
         said += [f"{c[stage]} of {c['candidates']} candidates {why}" for stage, why in DROPPED.items() if c[stage]]
         return "; ".join(said)
 
@@ -64,24 +66,41 @@ def build_pairs(scores: Sequence[Score], samples_by_id: Mapping[str, Sample], se
         by_prompt.setdefault(score.prompt_id, []).append(score)
     if len({score.sample_id for score in scores}) != len(scores):
         raise ValueError("two scores of one sample")
-    counts = dict.fromkeys(("samples", "unscored", "prompts", "single", "candidates", *DROPPED, "pairs"), 0)
-    counts["samples"] = len(samples_by_id)
-    counts["unscored"] = len(samples_by_id) - len(scores)
-    counts["prompts"] = len({sample.prompt_id for sample in samples_by_id.values()})
+    counts = {
+        "samples": len(samples_by_id),
+        "unscored": len(samples_by_id) - len(scores),
+        "prompts": len({sample.prompt_id for sample in samples_by_id.values()}),
+    }
     counts["single"] = counts["prompts"] - sum(len(group) > 1 for group in by_prompt.values())
+    candidates = [BUILDERS[settings.builder](group, settings.k) for group in by_prompt.values()]
+    return keep_pairs(candidates, samples_by_id, settings, counts)
+
+
+def keep_pairs(
+    candidates: Sequence[Sequence[tuple[Score, Score]]],
+    samples_by_id: Mapping[str, Sample],
+    settings: Pairs,
+    counts: Mapping[str, int],
+    remarks: Sequence[str] = (),
+) -> PairReport:
+    """The (better, worse) candidates of each prompt that become pairs; `counts` are those of their builder.
+
+    `samples_by_id` holds whatever a candidate names.
+    """
+    told = {**counts, **dict.fromkeys(("candidates", *DROPPED, "pairs"), 0)}
     pairs: list[Pair] = []
-    for group in by_prompt.values():
-        pairs += _of_prompt(group, samples_by_id, settings, counts)
-    counts["pairs"] = len(pairs)
-    return PairReport(tuple(pairs), counts, _length_gap(pairs, samples_by_id))
+    for of_prompt in candidates:
+        pairs += _of_prompt(of_prompt, samples_by_id, settings, told)
+    told["pairs"] = len(pairs)
+    return PairReport(tuple(pairs), told, _length_gap(pairs, samples_by_id), tuple(remarks))
 
 
 def _of_prompt(
-    group: Sequence[Score], samples: Mapping[str, Sample], settings: Pairs, counts: dict[str, int]
+    candidates: Sequence[tuple[Score, Score]], samples: Mapping[str, Sample], settings: Pairs, counts: dict[str, int]
 ) -> list[Pair]:
-    """One prompt's pairs from its scores, best first; adds what it drops to `counts`."""
+    """One prompt's pairs, widest margin first; adds what it drops to `counts`."""
     kept = []
-    for better, worse in BUILDERS[settings.builder](group, settings.k):
+    for better, worse in candidates:
         counts["candidates"] += 1
         pair = make_pair(better, worse, settings)
         stage = _dropped_at(better, worse, pair, samples, settings)
@@ -149,7 +168,15 @@ def top_bottom(group: Sequence[Score], k: int) -> list[tuple[Score, Score]]:
 def pairs_per_prompt(recipe: Recipe) -> int:
     """Most pairs that one prompt can give."""
     n, pairs = recipe.sampling.samples_per_prompt, recipe.pairs
-    most = {"best_worst": 1, "all_margin": n * (n - 1) // 2, "top_bottom": min(pairs.k, n // 2) ** 2}[pairs.builder]
+    wrong = min(pairs.steps.wrong_per_prompt, n)
+    most = {
+        "best_worst": 1,
+        "all_margin": n * (n - 1) // 2,
+        "top_bottom": min(pairs.k, n // 2) ** 2,
+        "per_step": wrong,
+        "partial": 2 * wrong,
+        "tree": pairs.steps.tree.iterations,
+    }[pairs.builder]
     return min(most, pairs.max_per_prompt or most)
 
 

@@ -94,6 +94,23 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixValue:
+    """What the first steps of a response are worth.
+
+    Example: PrefixValue("5d…", "3f…", "9c…", step=2, tokens=12, rollouts=10, value=0.4, best=0.93)
+    """
+
+    id: str  # name of the prompt with these tokens behind it
+    prompt_id: str
+    sample_id: str  # a response that begins with them
+    step: int  # steps so far; 0 is the prompt alone
+    tokens: int  # response tokens so far
+    rollouts: int  # rollouts that were judged; with 0 the value says nothing
+    value: float
+    best: float  # P(good) of the best continuation
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """A preference between two samples of one prompt, with how sure of it we are.
 

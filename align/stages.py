@@ -16,8 +16,10 @@ from align.ensemble.table import from_records
 from align.errors import InputError, RunError
 from align.evaluation.metrics import evaluate as measure
 from align.evaluation.report import ensemble_report
-from align.pairs import build_pairs
+from align.pairs import BUILDERS, PairReport, build_pairs
+from align.prefix_values import STEP_BUILDERS, PairStage
 from align.progress import track
+from align.recipe import Recipe
 from align.records import Prompt, Sample, Verdict
 from align.verifiers.base import Item
 from align.verifiers.runner import count_reasons
@@ -56,7 +58,7 @@ def _sample_shards(run: Run, round_index: int, purpose: Literal["train", "eval"]
             for i in mine:
                 assert sampler is not None
                 rows = sampler.sample(
-                    shards[i],
+                    run.control().sampled(shards[i], run.version),
                     policy_version=run.version,
                     n=settings.samples_per_prompt,
                     temperature=settings.temperature,
@@ -177,17 +179,38 @@ def _combine(run: Run, round_index: int) -> None:
 def pair(run: Run, round_index: int) -> None:
     """Scored samples to preference pairs; says which step lost them where none is left."""
     run.require(round_index, "scores", "align score")
-    if run.store.stage_done(round_index, "pairs"):
+    store = run.store
+    if store.stage_done(round_index, "pairs"):
         return
-    with run.timed("pair"), run.ranks.stage("pair"):
-        if run.ranks.rank == 0:
-            samples = {s.id: s for s in run.read(round_index, "samples")}
-            report = build_pairs(run.read(round_index, "scores"), samples, run.recipe.pairs)
-            run.store.commit_shard(round_index, "pairs", 0, report.pairs)
-            told = {"counts": report.counts, "length_gap_tokens": report.length_gap_tokens, "explain": report.explain()}
-            run.keep(round_index, "pairing", told)
-            run.say(f"round {round_index}: {told['explain']}")
-    run.store.commit_stage(round_index, "pairs", 1)
+    builder = PAIR_STAGES[run.recipe.pairs.builder]
+    with run.timed("pair"):
+        builder.prepare(run, round_index)
+        with run.ranks.stage("pair"):
+            if run.ranks.rank == 0:
+                report, made = builder.build(run, round_index)
+                for stage in builder.makes:
+                    store.commit_shard(round_index, stage, 0, made)
+                store.commit_shard(round_index, "pairs", 0, report.pairs)
+                gap, explain = report.length_gap_tokens, report.explain()
+                told = {"counts": report.counts, "length_gap_tokens": gap, "explain": explain}
+                run.keep(round_index, "pairing", told)
+                run.say(f"round {round_index}: {explain}")
+    for stage in (*builder.makes, "pairs"):
+        if not store.stage_done(round_index, stage):
+            store.commit_stage(round_index, stage, 1)
+
+
+def _pair_responses(run: Run, round_index: int) -> tuple[PairReport, list[Sample]]:
+    """Pairs of whole responses; they name no sample that was not drawn."""
+    samples = {s.id: s for s in run.read(round_index, "samples")}
+    return build_pairs(run.read(round_index, "scores"), samples, run.recipe.pairs), []
+
+
+PAIR_STAGES: dict[str, PairStage] = {
+    **{name: PairStage(lambda run, round_index: None, _pair_responses) for name in BUILDERS},
+    **STEP_BUILDERS,
+}
+"""How each `pairs.builder` makes its pairs."""
 
 
 def train(run: Run, round_index: int) -> None:
@@ -206,7 +229,7 @@ def train(run: Run, round_index: int) -> None:
         if rows:
             data = RoundData(
                 round_index,
-                samples={s.id: s for s in run.read(round_index, "samples")},
+                samples={s.id: s for stage in _sample_stages(recipe) for s in run.read(round_index, stage)},
                 scores=rows if consumes == "scores" else (),
                 pairs=rows if consumes == "pairs" else (),
                 read=lambda stage: run.read(round_index, stage),
@@ -226,6 +249,12 @@ def train(run: Run, round_index: int) -> None:
         policy.version = round_index + 1
         with run.store.commit_checkpoint(policy.version) as directory:
             policy.save(directory)
+
+
+def _sample_stages(recipe: Recipe) -> tuple[str, ...]:
+    """The artifacts that hold what a trainer's rows name."""
+    made = PAIR_STAGES[recipe.pairs.builder].makes if recipe.training.trainer.consumes == "pairs" else ()
+    return ("samples", *made)
 
 
 def _empty_round(run: Run, round_index: int, left_out: Mapping[str, int] | None = None) -> None:

@@ -90,6 +90,7 @@ def plan_stages(recipe: Recipe, policy: ModelShape, facts: PromptFacts) -> tuple
         Stage("sample", rounds.count, drawn),
         Stage("verify", rounds.count, {"verdicts": samples * (voters + gold)}),
         Stage("combine", rounds.count, {"scores": samples}),
+        *_rollouts(recipe),
         *([Stage("pair", rounds.count, {"pairs": examples})] if learnt == "pairs" else []),
         Stage("train", rounds.count, {unit: examples * training.epochs, "steps": steps, "tokens trained": tokens}),
         Stage(
@@ -97,6 +98,26 @@ def plan_stages(recipe: Recipe, policy: ModelShape, facts: PromptFacts) -> tuple
         ),
         Stage("export", 1, {}),
     )
+
+
+def _rollouts(recipe: Recipe) -> list[Stage]:
+    """What a builder of pairs draws beside the round's samples, before it is known how many are wrong."""
+    builder, steps, sampling = recipe.pairs.builder, recipe.pairs.steps, recipe.sampling
+    if recipe.training.trainer.consumes != "pairs" or builder not in ("per_step", "tree"):
+        return []
+    prompts, response = recipe.rounds.prompts_per_round, sampling.max_new_tokens
+    if builder == "tree":
+        places = prompts * steps.tree.iterations
+        drawn = places * steps.tree.actions
+        kept, tokens = drawn, drawn * response
+    else:
+        wrong = prompts * min(steps.wrong_per_prompt, sampling.samples_per_prompt)
+        places = kept = wrong * min(steps.max_steps, response)
+        drawn = places * steps.rollouts * steps.best_of
+        tokens = drawn * response
+    voters = 1 if steps.judge is not None else len(recipe.verifiers)
+    counts = {"prefixes": places, "rollouts": drawn, "tokens sampled": tokens, "opinions": drawn * voters}
+    return [Stage("rollouts", recipe.rounds.count, {**counts, "samples": kept})]
 
 
 def plan_disk(recipe: Recipe, policy: ModelShape, facts: PromptFacts, stages: tuple[Stage, ...]) -> tuple[Store, ...]:

@@ -18,6 +18,7 @@ from align.model_files import check_model_dir
 from align.recipe import Recipe
 from align.records import Prompt, Sample, content_id
 from align.sampling import environment
+from align.training.control import control_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,22 +47,23 @@ class Sampler:
         self.tied = bool(config.get("text_config", config).get("tie_word_embeddings", False))
         self.dtype: str = recipe.policy.dtype
         self.syncs = 0  # weight deliveries so far
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        control = control_of(recipe, self._tokenizer)
+        self._bias = {token: -100.0 for token in control.banned} or None
         arguments: dict[str, Any] = {
             "dtype": recipe.policy.dtype,
             "seed": recipe.seed,
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "logprobs_mode": "raw_logprobs",
-            "max_model_len": _longest(recipe, config),
+            "max_model_len": _longest(recipe, config, control.longest),
         }
         arguments |= environment.device_defaults(config, recipe.policy.dtype, arguments["max_model_len"])
         arguments |= recipe.sampling.engine
         self.llm = environment.make_llm(model_dir, config, arguments, "sampling.engine", world_size=ranks.world_size)
         self.context: int = self.llm.model_config.max_model_len
-
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self.stop_ids = stop_ids(model_dir, self._tokenizer.eos_token_id)
 
     def sample(
@@ -71,30 +73,35 @@ class Sampler:
         policy_version: int,
         n: int,
         temperature: float,
-        purpose: Literal["train", "eval"],
+        purpose: Literal["train", "eval", "rollout"],
         seed: int,
         top_p: float = 1.0,
         top_k: int = 0,
+        used: Sequence[int] | None = None,
     ) -> list[Sample]:
-        """`n` responses to each prompt, in prompt order and then by index."""
+        """`n` responses to each prompt, in prompt order and then by index.
+
+        `used` says how many of each prompt's tokens are the begin of a response: they count in `max_new_tokens`.
+        """
         if not prompts:
             return []
-        for prompt in prompts:
-            self._check_fits(prompt)
+        room = [self._settings.max_new_tokens - tokens for tokens in used or [0] * len(prompts)]
+        for prompt, tokens in zip(prompts, room, strict=True):
+            self._check_fits(prompt, tokens)
         self.llm.reset_prefix_cache()
-        drawn = Drawn(temperature, top_p, top_k, self._settings.max_new_tokens)
+        drawn = [Drawn(temperature, top_p, top_k, tokens) for tokens in room]
         requests, parameters, seeds = [], [], []
-        for prompt in prompts:
+        for prompt, how in zip(prompts, drawn, strict=True):
             for index in range(n):
                 seeds.append(int(content_id(seed, purpose, prompt.id, policy_version, index), 16) % 2**31)
-                parameters.append(self._parameters(drawn, seeds[-1]))
+                parameters.append(self._parameters(how, seeds[-1]))
                 requests.append({"prompt_token_ids": list(prompt.token_ids)})
         outputs = self.llm.generate(requests, parameters, use_tqdm=False)
         completions = [output.outputs[0] for output in outputs]
         asked = [prompt for prompt in prompts for _ in range(n)]
         texts = self._decode([(p.token_ids, c.token_ids) for p, c in zip(asked, completions, strict=True)])
         return [
-            _record(prompt, i % n, policy_version, request_seed, completion, text, drawn)
+            _record(prompt, i % n, policy_version, request_seed, completion, text, drawn[i // n])
             for i, (prompt, request_seed, completion, text) in enumerate(
                 zip(asked, seeds, completions, texts, strict=True)
             )
@@ -131,12 +138,13 @@ class Sampler:
             seed=seed,
             stop_token_ids=list(self.stop_ids),
             logprobs=0,
+            logit_bias=self._bias,
             detokenize=False,
             skip_clone=True,  # made for one request: vLLM's deep copy of it is a tenth of a small model's sampling time
         )
 
-    def _check_fits(self, prompt: Prompt) -> None:
-        length, room = len(prompt.token_ids), self._settings.max_new_tokens
+    def _check_fits(self, prompt: Prompt, room: int) -> None:
+        length = len(prompt.token_ids)
         if length + room > self.context:
             raise InputError(
                 f"prompt {prompt.id} has {length} tokens and sampling.max_new_tokens is {room}: together over the "
@@ -204,12 +212,15 @@ def stop_ids(model_dir: Path, eos_token_id: int | None) -> list[int]:
     return sorted({*listed, *([] if eos_token_id is None else [eos_token_id])})
 
 
-def _longest(recipe: Recipe, config: dict[str, Any]) -> int | None:
-    """Longest sequence the engine must hold, where the recipe bounds it below the model's context; else None."""
+def _longest(recipe: Recipe, config: dict[str, Any], control: int) -> int | None:
+    """Longest sequence the engine must hold, where the recipe bounds it below the model's context; else None.
+
+    `control` is the tokens of a control text in front of the prompt.
+    """
     context, limit = environment.context_length(config), recipe.prompts.max_tokens
     if limit is None or context is None:
         return None
-    return min(context, limit + recipe.sampling.max_new_tokens)
+    return min(context, limit + control + recipe.sampling.max_new_tokens)
 
 
 def _reload(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.errors import RunError
-from align.records import Pair, Sample, Score, Verdict
+from align.records import Pair, PrefixValue, Sample, Score, Verdict
 
-Record = Sample | Verdict | Score | Pair
+Record = Sample | Verdict | Score | Pair | PrefixValue
 VERSION = "1"  # of the schemas below; a file of another version is refused
 
 _ID = pa.string()
@@ -47,6 +47,10 @@ _TYPES: dict[type, dict[str, pa.DataType]] = {
     Pair: {
         "id": _ID, "prompt_id": _ID, "chosen_id": _ID, "rejected_id": _ID, "p_win": pa.float64(), "p_tie": pa.float64(),
         "weight": pa.float64(), "margin": pa.float64(), "builder": pa.string(),
+    },
+    PrefixValue: {
+        "id": _ID, "prompt_id": _ID, "sample_id": _ID, "step": pa.int32(), "tokens": pa.int32(), "rollouts": pa.int32(),
+        "value": pa.float64(), "best": pa.float64(),
     },
 }  # fmt: skip
 

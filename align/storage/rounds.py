@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import RunError
-from align.records import Pair, Sample, Score, Verdict
+from align.records import Pair, PrefixValue, Sample, Score, Verdict
 from align.storage import parquet
 from align.storage.durable import (
     FileRecord,
@@ -33,6 +33,9 @@ STAGES: dict[str, type[parquet.Record]] = {
     "verdicts": Verdict,
     "gold": Verdict,
     "scores": Score,
+    "rollouts": Sample,
+    "prefix_values": PrefixValue,
+    "step_samples": Sample,
     "pairs": Pair,
     "eval_samples": Sample,
     "eval_verdicts": Verdict,
@@ -42,7 +45,10 @@ _MADE_FROM = {
     "verdicts": "samples",
     "gold": "samples",
     "scores": "verdicts",
-    "pairs": "scores",
+    "rollouts": "scores",
+    "prefix_values": "rollouts",
+    "step_samples": "prefix_values",
+    "pairs": "step_samples",
     "eval_verdicts": "eval_samples",
     "eval_gold": "eval_samples",
 }

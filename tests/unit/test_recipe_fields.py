@@ -12,7 +12,7 @@ from align.recipe import Recipe
 from align.recipe_errors import alternatives
 
 ROOT = Path(__file__).parents[2]
-DEFINED_IN = ("align/recipe.py", "align/recipe_training.py", "align/verifiers/spec.py")
+DEFINED_IN = ("align/recipe.py", "align/recipe_steps.py", "align/recipe_training.py", "align/verifiers/spec.py")
 
 
 def blocks(block: type[BaseModel], found: set[type[BaseModel]]) -> set[type[BaseModel]]:

@@ -254,7 +254,8 @@ def test_discard_keeps_sound_shards_and_drops_what_was_made_from_them(store: Run
     store.commit_stage(0, "eval_verdicts", 1)
     store.commit_json(0, "pairing", {"counts": 1})
     flip(store.root / "rounds/00000/scores-00001.parquet")
-    assert store.discard(0, "scores") == ["scores", "pairs"]
+    made_from_scores = ["rollouts", "prefix_values", "step_samples", "pairs"]
+    assert store.discard(0, "scores") == ["scores", *made_from_scores]
     assert store.shard_done(0, "scores", 0) and not store.shard_done(0, "scores", 1)
     assert not store.stage_done(0, "pairs") and not store.shard_done(0, "pairs", 0)
     assert store.stage_done(0, "eval_verdicts") and store.read_json(0, "pairing") is None

@@ -1,0 +1,1 @@
+"""Pair builders that look inside a response: pure functions of samples, scores and settings."""

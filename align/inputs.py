@@ -49,10 +49,16 @@ def check_inputs(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
                 f"not {made.head_dim}"
             )
 
+    def aligned(place: int, directory: str) -> None:
+        key = f"training.supervised.aligned.{place}"
+        check_model_dir(Path(directory), key=key)
+        identity[key] = fingerprint(Path(directory))
+
     checks: list[Callable[[], object]] = [
         model,
         shape,
         lambda: check_engine_settings(recipe.sampling.engine, "sampling.engine"),
+        *(lambda p=p, d=d: aligned(p, d) for p, d in enumerate(recipe.training.supervised.aligned)),
         *(lambda spec=spec: verifier(spec, f"verifiers.{spec.name}") for spec in recipe.verifiers),
     ]
     if gold is not None:

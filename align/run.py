@@ -21,10 +21,12 @@ from align.model_files import check_model_dir, resolve_model
 from align.progress import say
 from align.prompts import PromptSet, load_prompts, round_prompts
 from align.recipe import Recipe
+from align.recipe_rl import greedy_per_prompt
 from align.records import Prompt, Sample
 from align.sampling.environment import context_length
 from align.store import RunStore
 from align.summary import build_summary, render_evaluation, render_report, verifier_rows
+from align.training.control import Control, control_of, mask_id
 from align.verifiers.runner import VerifierPool
 from align.verifiers.spec import RewardModelSpec
 
@@ -46,6 +48,7 @@ class Run:
         self._clock: list[str] = []
         self._mark = time.monotonic()
         self._prompts: PromptSet | None = None
+        self._control = Control()
         self._sampler: Sampler | None = None
         self._synced_version: int | None = None
         self._policy: PolicyEngine | None = None
@@ -158,13 +161,21 @@ class Run:
             from transformers import AutoTokenizer
 
             path = self._base_dir()
-            context = context_length(check_model_dir(path))
-            with self.timed("prompts"):
-                found = load_prompts(self.recipe, AutoTokenizer.from_pretrained(path), context)
+            tokenizer, context = AutoTokenizer.from_pretrained(path), context_length(check_model_dir(path))
+            self._control = control_of(self.recipe, tokenizer)
+            mask_id(self.recipe, tokenizer)  # refused here rather than after a round of samples
+            with self.timed("prompts"):  # a control text in front takes room that a prompt then has not
+                room = None if context is None else context - self._control.longest
+                found = load_prompts(self.recipe, tokenizer, room)
             self.store.pin("prompts", {"digest": found.digest, **found.report})
             self.say(f"prompts: {', '.join(f'{v} {k}' for k, v in found.report.items())}")
             self._prompts = found
         return self._prompts
+
+    def control(self) -> Control:
+        """The texts that stand in front of the policy's prompts, where its loss has any."""
+        self.prompts()
+        return self._control
 
     def round_prompts(self, round_index: int) -> Sequence[Prompt]:
         """The training prompts of a round."""
@@ -269,7 +280,9 @@ class Run:
     def samples_per_shard(self, source: str) -> int:
         """Rows of one committed shard of samples."""
         sampling, evaluation = self.recipe.sampling, self.recipe.evaluation
-        per_prompt = sampling.samples_per_prompt if source == "samples" else evaluation.samples_per_prompt
+        per_prompt = evaluation.samples_per_prompt
+        if source == "samples":
+            per_prompt = sampling.samples_per_prompt + greedy_per_prompt(self.recipe)
         return sampling.prompts_per_shard * per_prompt
 
     def gold_values(self, round_index: int, stage: str, samples: Sequence[Sample]) -> list[float | None] | None:
@@ -288,7 +301,9 @@ class Run:
         mine = [i for i in range(len(samples)) if i % ranks.world_size == ranks.rank]
         sequences = [(samples[i].prompt_ids, samples[i].response_ids) for i in mine]
         now = policy.token_logprobs(sequences, entropy=True)
-        reference = policy.token_logprobs(sequences, reference=True)
+        bare = self.control().bare  # the initial policy knows no control text
+        plain = [(bare(samples[i].prompt_ids, samples[i].policy_version), samples[i].response_ids) for i in mine]
+        reference = policy.token_logprobs(plain, reference=True)
         assert now.entropies is not None
         rows = [
             (i, float((a - b).sum()), float(e.mean()) if len(e) else 0.0)

@@ -78,8 +78,9 @@ class Sampler:
         top_p: float = 1.0,
         top_k: int = 0,
         used: Sequence[int] | None = None,
+        greedy: int = 0,
     ) -> list[Sample]:
-        """`n` responses to each prompt, in prompt order and then by index.
+        """`n` responses to each prompt, in prompt order and then by index, and behind them `greedy` greedy ones (0, 1).
 
         `used` says how many of each prompt's tokens are the begin of a response: they count in `max_new_tokens`.
         """
@@ -89,21 +90,22 @@ class Sampler:
         for prompt, tokens in zip(prompts, room, strict=True):
             self._check_fits(prompt, tokens)
         self.llm.reset_prefix_cache()
-        drawn = [Drawn(temperature, top_p, top_k, tokens) for tokens in room]
-        requests, parameters, seeds = [], [], []
-        for prompt, how in zip(prompts, drawn, strict=True):
-            for index in range(n):
+        requests, parameters, seeds, drawn = [], [], [], []
+        for prompt, tokens in zip(prompts, room, strict=True):
+            how = [Drawn(temperature, top_p, top_k, tokens)] * n + [Drawn(0.0, 1.0, 0, tokens)] * greedy
+            for index, chosen in enumerate(how):
                 seeds.append(int(content_id(seed, purpose, prompt.id, policy_version, index), 16) % 2**31)
-                parameters.append(self._parameters(how, seeds[-1]))
+                parameters.append(self._parameters(chosen, seeds[-1]))
                 requests.append({"prompt_token_ids": list(prompt.token_ids)})
+            drawn += how
         outputs = self.llm.generate(requests, parameters, use_tqdm=False)
         completions = [output.outputs[0] for output in outputs]
-        asked = [prompt for prompt in prompts for _ in range(n)]
+        asked = [prompt for prompt in prompts for _ in range(n + greedy)]
         texts = self._decode([(p.token_ids, c.token_ids) for p, c in zip(asked, completions, strict=True)])
         return [
-            _record(prompt, i % n, policy_version, request_seed, completion, text, drawn[i // n])
-            for i, (prompt, request_seed, completion, text) in enumerate(
-                zip(asked, seeds, completions, texts, strict=True)
+            _record(prompt, i % (n + greedy), policy_version, request_seed, completion, text, how)
+            for i, (prompt, request_seed, completion, text, how) in enumerate(
+                zip(asked, seeds, completions, texts, drawn, strict=True)
             )
         ]
 

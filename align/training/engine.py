@@ -23,6 +23,7 @@ from torch import Tensor
 from align.recipe import Recipe
 from align.training import checkpoint, model, weights_view
 from align.training.deepspeed_config import reference_config
+from align.training.exact_kl import OtherHead
 from align.training.groups import PackedBatch
 from align.training.logps import HeadOptions, TokenLogProbs
 from align.training.sharded import FLEX_BLOCK, Sequence_, ShardedModel, dummy_batch, start_device
@@ -76,14 +77,29 @@ class PolicyEngine(ShardedModel):
     # ---- training --------------------------------------------------------------------------------------------
 
     def forward(
-        self, batch: PackedBatch, *, entropy: bool = False, squares: bool = False, temperature: float = 1.0
+        self,
+        batch: PackedBatch,
+        *,
+        entropy: bool = False,
+        squares: bool = False,
+        temperature: float = 1.0,
+        divergence: bool = False,
     ) -> TokenLogProbs:
         """What the head says of a batch's response tokens under the policy; carries a gradient unless that is off.
 
-        The temperature divides the logits; see TokenLogProbs for the rest.
+        The temperature divides the logits; see TokenLogProbs for the rest.  `divergence` is from the initial policy.
         """
-        options = HeadOptions(self.recipe.training.logit_chunk_tokens, temperature, entropy, squares)
-        return TokenLogProbs(*self.engine(batch.to(self.device), options))
+        batch = batch.to(self.device)
+        other = self._initial_head(batch) if divergence else None
+        options = HeadOptions(self.recipe.training.logit_chunk_tokens, temperature, entropy, squares, other)
+        return TokenLogProbs(*self.engine(batch, options))
+
+    def _initial_head(self, batch: PackedBatch) -> OtherHead:
+        """The initial policy's next-token distributions, as hidden states and a head."""
+        assert self.zero_stage != 3, "under ZeRO-3 no rank has a whole head"
+        with self._evaluating(reference=True):
+            network: Any = self._wrapped if self.peft is not None else self._reference
+            return OtherHead(network.states(batch), network.head.weight.detach(), _detached(network.head.bias))
 
     # ---- looking at sequences ---------------------------------------------------------------------------------
 
@@ -161,3 +177,7 @@ class PolicyEngine(ShardedModel):
             self.critic.close()
         self._reference = None
         super().close()
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.training.exact_kl import OtherHead
+
 CACHED_LOGITS = 2**20  # float32 numbers; 4 MiB
 
 
@@ -31,6 +33,7 @@ class HeadOptions:
     temperature: float = 1.0  # divides the logits
     entropy: bool = False
     squares: bool = False
+    other: OtherHead | None = None  # what an exact KL is asked from
 
     def __post_init__(self) -> None:
         assert self.chunk >= 1 and self.temperature > 0, self
@@ -43,6 +46,7 @@ class TokenLogProbs:
     logprobs: Tensor  # [N] log π(token | everything before it)
     entropies: Tensor | None = None  # [N] entropy of the whole next-token distribution in nats; carries a gradient
     squares: Tensor | None = None  # [N] log sum_v p_v^2, the log-probability that two draws agree; no gradient
+    divergence: Tensor | None = None  # [N] exact KL from another model's next-token distribution, in nats
 
 
 class _ChunkedHead(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from align.errors import InputError
 from align.training import attention
+from align.training.exact_kl import exact_kl
 from align.training.groups import PackedBatch
 from align.training.logps import HeadOptions, token_logprobs
 
@@ -32,16 +33,20 @@ class PolicyNetwork(nn.Module):
         self.network: Any = network
         self.head = Head(network.get_output_embeddings())
 
-    def forward(self, batch: PackedBatch, options: HeadOptions) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, batch: PackedBatch, options: HeadOptions) -> tuple[Tensor | None, ...]:
         """The fields of TokenLogProbs, as a tuple: DeepSpeed's hooks look for tensors in tuples."""
+        return self.head(self.states(batch), batch.targets, options)
+
+    def states(self, batch: PackedBatch) -> Tensor:
+        """[N, D] the hidden state in front of every response token."""
         hidden = self.network.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             packed_mask=attention.build_mask(batch, self.network.dtype),
             use_cache=False,
         ).last_hidden_state
-        before_responses = hidden.flatten(0, 1).index_select(0, batch.read_from)
-        return self.head(before_responses, batch.targets, options)
+        found: Tensor = hidden.flatten(0, 1).index_select(0, batch.read_from)
+        return found
 
 
 class Head(nn.Module):
@@ -55,11 +60,12 @@ class Head(nn.Module):
         self.weight = projection.weight
         self.bias = projection.bias
 
-    def forward(
-        self, hidden: Tensor, targets: Tensor, options: HeadOptions
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, hidden: Tensor, targets: Tensor, options: HeadOptions) -> tuple[Tensor | None, ...]:
         found = token_logprobs(hidden, self.weight, self.bias, targets, options)
-        return found.logprobs, found.entropies, found.squares
+        kl = None
+        if options.other is not None:
+            kl = exact_kl(hidden, self.weight, self.bias, options.other, options.chunk)
+        return found.logprobs, found.entropies, found.squares, kl
 
 
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:

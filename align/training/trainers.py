@@ -64,6 +64,16 @@ def _whole_prompts(recipe: Recipe) -> int:
     return prompts_per_step(recipe) * recipe.sampling.samples_per_prompt
 
 
+def learned_per_prompt(recipe: Recipe) -> int:
+    """Most responses to one prompt that a trainer learns from."""
+    drawn, supervised = recipe.sampling.samples_per_prompt, recipe.training.supervised
+    name = recipe.training.loss_facts.name
+    if name == "best_of_n":
+        share = supervised.best_fraction
+        return min(drawn, supervised.best if share is None else math.ceil(share * drawn))
+    return 1 if name == "sharpening" else drawn
+
+
 def prompts_per_step(recipe: Recipe) -> int:
     """Prompts whose responses make up a step of a trainer that learns from scores."""
-    return max(1, recipe.training.responses_per_step // recipe.sampling.samples_per_prompt)
+    return max(1, recipe.training.responses_per_step // learned_per_prompt(recipe))

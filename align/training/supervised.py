@@ -1,0 +1,296 @@
+"""One round of supervised training on the policy's own responses: which of them, behind what text, with what weight.
+
+The loss of a step is the mean over its response tokens (`poft`: over its responses, `rlhf_sharpening`: over the pairs
+of each prompt's responses), counted over all ranks and micro-batches.  A step takes whole prompts until it holds
+`responses_per_step` responses that are learned from.
+
+Legend: N response tokens of a micro-batch, K responses, B pairs.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from inspect import signature
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.recipe import Recipe
+from align.recipe_supervised import CONDITIONED, SELF_REWARDED
+from align.records import Sample, content_id
+from align.training import aligned, control, targets
+from align.training.engine import PolicyEngine
+from align.training.groups import PackedBatch
+from align.training.logps import TokenLogProbs, per_response
+from align.training.losses.supervised import TokenBatch
+from align.training.scored import per_token, rows_of, split_units, whole_unit
+from align.training.steps import Part, PlainObjective, TrainReport, Unit, mean_report, response_totals, train_step
+from align.training.targets import Groups, Target
+from align.training.thoughts import Masking, masking_of
+from align.training.trainers import OnStep, RoundData
+
+IMITATED = ("best_of_n", "filter", "sharpening", "rlhf_sharpening", "poft", "masked_thought", "quark")
+"""Losses to which every response is an example, so that one that was cut is left out."""
+
+
+def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: OnStep) -> TrainReport:
+    """Train on the responses of a round that the loss selects.  Collective; see `align.training.trainers`."""
+    started = time.monotonic()
+    counts: Counter[str] = Counter()
+    groups = select(engine, data, recipe, counts)
+    kept = sum(map(len, groups.values()))
+    objective = objective_for(engine, recipe, data.round)
+    rows: list[dict] = []
+    for epoch in range(recipe.training.epochs):
+        seed = f"{recipe.seed}/{data.round}/{epoch}"
+        for members in cut_into_steps(groups, recipe.training.responses_per_step, seed):
+            before = time.monotonic()
+            objective.begin(seed)
+            row = train_step(engine, objective.units(members, recipe.training.tokens_per_batch), objective, recipe)
+            row |= {"round": data.round, "epoch": epoch, "seconds": time.monotonic() - before}
+            rows.append(row)
+            on_step(row)
+    return mean_report(rows, kept * recipe.training.epochs, time.monotonic() - started, counts)
+
+
+def select(engine: PolicyEngine, data: RoundData, recipe: Recipe, counts: Counter[str]) -> Groups:
+    """The responses that this round's loss learns from, by prompt; `counts` gets what was left out, by reason."""
+    name, settings = recipe.training.loss_facts.name, recipe.training.supervised
+    if name in SELF_REWARDED:
+        groups = targets.unscored_targets(data.samples.values())
+    else:
+        groups = targets.scored_targets(data.scores, data.samples, settings)
+    groups = targets.long_enough(groups, settings.min_tokens if name in SELF_REWARDED else 1, counts)
+    if name in IMITATED:
+        groups = targets.finished(groups, counts)
+    if name in ("filter", "poft", "masked_thought"):
+        groups = targets.above_threshold(groups, counts)
+    if name == "best_of_n":
+        return targets.best(groups, settings.best, settings.best_fraction, counts)
+    if name == "quark":
+        return targets.best_quantile(groups, settings.quantiles, settings.quantiles_over, counts)
+    if name in SELF_REWARDED:
+        return _self_rewarded(engine, groups, recipe, counts)
+    if name == "poft":
+        return _with_aligned(engine, data, groups, recipe, counts)
+    if name in CONDITIONED:
+        return _behind_control(engine, groups, recipe, data.round)
+    return groups
+
+
+def _self_rewarded(engine: PolicyEngine, groups: Groups, recipe: Recipe, counts: Counter[str]) -> Groups:
+    """Sharpening: the base policy's own opinion, and for SFT the response that it likes best."""
+    training = recipe.training
+    samples = [t.sample for members in groups.values() for t in members]
+    sums = base_sums(engine, samples, initial=training.reference == "initial")
+    regressed = training.loss_facts.name == "rlhf_sharpening"
+    default = "sum" if regressed else "mean"
+    groups = targets.with_base(groups, sums, (training.supervised.self_reward or default) == "mean")
+    return targets.several(groups, counts) if regressed else targets.most_self_rewarded(groups, counts)
+
+
+def base_sums(engine: PolicyEngine, samples: Sequence[Sample], initial: bool) -> dict[str, float]:
+    """Summed log-probability of every response under the reference, on every rank; each rank computes a share."""
+    prompts = sorted({s.prompt_id for s in samples})
+    own = {prompts[i] for i in engine.ranks.share(len(prompts))}
+    mine = sorted((s for s in samples if s.prompt_id in own), key=lambda s: (s.prompt_id, s.id))
+    found = engine.token_logprobs([(s.prompt_ids, s.response_ids) for s in mine], reference=initial).logprobs
+    sums = {s.id: float(row.sum(dtype="float64")) for s, row in zip(mine, found, strict=True)}
+    return {i: total for part in engine.ranks.gather(sums, "reference") for i, total in part.items()}
+
+
+def _with_aligned(
+    engine: PolicyEngine, data: RoundData, groups: Groups, recipe: Recipe, counts: Counter[str]
+) -> Groups:
+    """PoFT: what the aligned models make of every response."""
+    settings = recipe.training.supervised
+    if settings.aligned_verifier is not None:
+        means = aligned.from_verdicts(data.read("verdicts"), settings.aligned_verifier)
+    else:
+        samples = [t.sample for members in groups.values() for t in members]
+        means = aligned.from_models(engine, samples, settings.aligned)
+    return targets.with_aligned(groups, means, counts)
+
+
+def _behind_control(engine: PolicyEngine, groups: Groups, recipe: Recipe, round_index: int) -> Groups:
+    """Each response behind the control text of its level, whatever text it was sampled behind."""
+    settings = recipe.training.supervised
+    texts = control.control_of(recipe, engine.tokenizer)
+    if recipe.training.loss_facts.name == "reward_conditioning":
+        groups = targets.with_levels(groups, len(settings.control), settings.quantiles_over)
+
+    def told(target: Target) -> Target:
+        sample = target.sample
+        prompt = texts.bare(sample.prompt_ids, sample.policy_version)
+        if not control.dropped(recipe.seed, round_index, sample.id, settings.control_drop_rate):
+            prompt = texts.behind(prompt, target.level)
+        return replace(target, sample=replace(sample, prompt_ids=prompt))
+
+    return {prompt: [told(t) for t in members] for prompt, members in groups.items()}
+
+
+def cut_into_steps(groups: Mapping[str, Sequence[Target]], responses: int, seed: str) -> list[list[Sequence[Target]]]:
+    """The prompts in a seeded order, each with its targets, cut into steps.
+
+    A step takes prompts while it holds at most `responses` targets; a prompt with more is a step of its own.
+    """
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    steps: list[list[Sequence[Target]]] = []
+    held = 0
+    for prompt in order:
+        members = groups[prompt]
+        if not steps or held + len(members) > responses:
+            steps.append([])
+            held = 0
+        steps[-1].append(members)
+        held += len(members)
+    return steps
+
+
+class _Objective(PlainObjective):
+    """What the supervised losses share: the function, its settings, and means over the step."""
+
+    sums: tuple[str, ...] = ("loss", "nll", "good")
+
+    def __init__(self, recipe: Recipe) -> None:
+        facts = recipe.training.loss_facts
+        self._loss = facts.function()
+        named = signature(self._loss).parameters
+        settings = recipe.training.supervised
+        own = {k: getattr(settings, k) for k in type(settings).model_fields if k in named}
+        self._arguments = {**own, **facts.arguments(recipe.training.loss)}
+        self._responses = self._tokens = self._pairs = 0  # of the whole step
+
+    def begin(self, seed: str) -> None:
+        """A step of this epoch begins."""
+
+    def units(self, members: Sequence[Sequence[Target]], token_budget: int) -> list[Unit[Target]]:
+        """The step's targets, those behind one prompt together."""
+        by_prompt: dict[tuple[int, ...], list[Target]] = {}
+        for target in (t for of_prompt in members for t in of_prompt):
+            by_prompt.setdefault(target.sample.prompt_ids, []).append(target)
+        return [u for rows in by_prompt.values() for u in split_units(rows, lambda t: t.sample, token_budget)]
+
+    def before_step(self, engine: PolicyEngine, shares: Sequence[Sequence[Unit[Target]]]) -> None:
+        """Count what the step's loss is divided by."""
+        units = [unit for share in shares for unit in share]
+        self._responses = sum(len(u.rows) for u in units)
+        self._tokens = sum(len(r) for u in units for r in u.group.responses)
+        self._pairs = sum(len(u.rows) * (len(u.rows) - 1) // 2 for u in units)
+
+    def _part(self, loss: Tensor, losses: Tensor, rows: Sequence[Target], found: TokenLogProbs) -> Part:
+        good = sum(t.good for t in rows)
+        with torch.no_grad():
+            sums = torch.stack([loss, -found.logprobs.sum(), torch.full_like(loss, good)]).double()
+        return Part(loss, sums, losses.detach(), [t.sample.id for t in rows])
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The loss, the mean -log π of a token, the share of good responses, and how many there are."""
+        return {
+            "loss": sums["loss"],
+            "nll": sums["nll"] / self._tokens,
+            "good": sums["good"] / self._responses,
+            "responses": self._responses,
+        }
+
+
+class TokenObjective(_Objective):
+    """A loss of tokens: its mean over the step's tokens."""
+
+    def __init__(self, recipe: Recipe, masking: Masking | None = None) -> None:
+        super().__init__(recipe)
+        self._divergence = recipe.training.loss_facts.name == "quark" and recipe.training.supervised.kl_weight > 0
+        self._masking = masking
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """With a KL, the exact one."""
+        return {"divergence": True} if self._divergence else {}
+
+    def begin(self, seed: str) -> None:
+        """Masks are drawn anew in every epoch."""
+        if self._masking is not None:
+            self._masking = replace(self._masking, seed=seed)
+
+    def before_step(self, engine: PolicyEngine, shares: Sequence[Sequence[Unit[Target]]]) -> None:
+        """Also how far the warm-up of the masks has come."""
+        super().before_step(engine, shares)
+        if self._masking is not None:
+            self._masking = replace(self._masking, step=engine.step)
+
+    def inputs(self, batch: PackedBatch, units: Sequence[Unit[Target]]) -> PackedBatch:
+        """The batch, with tokens hidden where the recipe says so."""
+        if self._masking is None:
+            return batch
+        return self._masking.hide(batch, [content_id(t.sample.id) for t in rows_of(batch, units)])
+
+    def part(self, batch: PackedBatch, units: Sequence[Unit[Target]], found: TokenLogProbs) -> Part:
+        """The micro-batch's share."""
+        rows, lengths = rows_of(batch, units), batch.lengths.to(found.logprobs.device)
+
+        def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+            return per_token(torch.tensor(values, dtype=dtype, device=lengths.device), lengths)
+
+        tokens = TokenBatch(
+            logprobs=found.logprobs,
+            score=column([t.score for t in rows]),
+            value=column([t.value for t in rows]),
+            good=column([t.good for t in rows], torch.bool),
+            kl=found.divergence,
+        )
+        losses = self._loss(tokens, **self._arguments)
+        return self._part(losses.sum() / self._tokens, per_response(losses, lengths), rows, found)
+
+
+class ResponseObjective(_Objective):
+    """PoFT: a loss of each response's mean token log-probability."""
+
+    def part(self, batch: PackedBatch, units: Sequence[Unit[Target]], found: TokenLogProbs) -> Part:
+        """The micro-batch's share."""
+        rows, totals = rows_of(batch, units), response_totals(batch, found)
+        reference = torch.tensor([t.aligned for t in rows], dtype=totals.dtype, device=totals.device)
+        losses = self._loss(totals / batch.lengths.to(totals.device), reference, **self._arguments)
+        return self._part(losses.sum() / self._responses, losses, rows, found)
+
+
+class PairObjective(_Objective):
+    """RLHF-sharpening: a loss of every two responses of a prompt."""
+
+    def units(self, members: Sequence[Sequence[Target]], token_budget: int) -> list[Unit[Target]]:
+        """A prompt's responses are compared with each other, so they stay together."""
+        return [unit for rows in members for unit in whole_unit(rows, lambda t: t.sample)]
+
+    def part(self, batch: PackedBatch, units: Sequence[Unit[Target]], found: TokenLogProbs) -> Part:
+        """The micro-batch's share."""
+        rows, totals = rows_of(batch, units), response_totals(batch, found)
+
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=totals.dtype, device=totals.device)
+
+        ratio = totals - column([t.base for t in rows])
+        own = column([t.self_reward for t in rows])
+        of_unit: dict[int, list[int]] = {}
+        for k, (unit, _) in enumerate(batch.members):
+            of_unit.setdefault(unit, []).append(k)
+        pairs = torch.tensor([p for ks in of_unit.values() for p in combinations(ks, 2)], device=totals.device).t()
+        losses = self._loss(ratio[pairs[0]] - ratio[pairs[1]], own[pairs[0]] - own[pairs[1]], **self._arguments)
+        found_part = self._part(losses.sum() / self._pairs, losses, rows, found)
+        names = [f"{rows[a].sample.id}/{rows[b].sample.id}" for a, b in pairs.t().tolist()]
+        return replace(found_part, names=names)
+
+
+def objective_for(engine: PolicyEngine, recipe: Recipe, round_index: int) -> Any:
+    """The objective of the recipe's loss."""
+    name = recipe.training.loss_facts.name
+    if name == "poft":
+        return ResponseObjective(recipe)
+    if name == "rlhf_sharpening":
+        return PairObjective(recipe)
+    return TokenObjective(recipe, masking_of(recipe, engine.tokenizer) if name == "masked_thought" else None)

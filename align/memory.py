@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from align.machine import Machine
@@ -20,6 +20,7 @@ from align.recipe import Recipe
 from align.recipe_training import Training
 from align.sampling.environment import GPU_MEMORY_SHARE, cpu_cache_bytes
 from align.training.deepspeed_config import effective_stage
+from align.training.trainers import prompts_per_step
 from align.verifiers.spec import RewardModelSpec
 
 GIB = 2**30
@@ -70,6 +71,7 @@ def memory_parts(
     parts = [
         Part("libraries", "device", LIBRARIES[machine.kind], "before any model", ""),
         *state_parts(recipe.training, policy, recipe.policy.dtype, ranks),
+        *_critic(recipe, policy, ranks),
         _bucket(recipe.training, policy, recipe.policy.dtype, machine),
         _reference(recipe, policy, ranks),
         _logits(recipe, policy, b, tokens),
@@ -203,6 +205,17 @@ def _reference(recipe: Recipe, policy: ModelShape, ranks: int) -> Part:
     return Part("reference", place, size, formula, "policy.lora or training.zero_stage: 3")
 
 
+def _critic(recipe: Recipe, policy: ModelShape, ranks: int) -> list[Part]:
+    """The critic's weights, gradients and optimizer: counted as large as the policy, whose head it does without."""
+    if not recipe.training.trainer.critic:
+        return []
+    knob = "an algorithm without a critic (grpo, rloo, reinforce_pp, remax), or training.zero_stage"
+    return [
+        replace(part, name=f"critic {part.name}", knob=knob)
+        for part in state_parts(recipe.training, policy, recipe.policy.dtype, ranks)
+    ]
+
+
 def batch_tokens(recipe: Recipe, ranks: int, longest: int) -> tuple[int, int]:
     """(tokens of one forward pass, length of a row of it) at most.
 
@@ -210,12 +223,32 @@ def batch_tokens(recipe: Recipe, ranks: int, longest: int) -> tuple[int, int]:
     least.  A batch holds the step's pairs at most, and one group at least.
     """
     sampling, pairs, budget = recipe.sampling, recipe.pairs, recipe.training.tokens_per_batch
-    wanted = {"best_worst": 2, "top_bottom": 2 * pairs.k, "all_margin": sampling.samples_per_prompt}[pairs.builder]
+    if recipe.training.trainer.consumes == "scores":
+        return _group_tokens(recipe, ranks, longest)
+    drawn, wrong = sampling.samples_per_prompt, pairs.steps.wrong_per_prompt
+    wanted = {
+        "best_worst": 2,
+        "top_bottom": min(2 * pairs.k, drawn),
+        "all_margin": drawn,
+        "per_step": 2 * wrong,
+        "partial": 3 * wrong,
+        "tree": 2,
+    }[pairs.builder]
     response = sampling.max_new_tokens
     prompt = longest - response
     pair = prompt + 2 * response
-    row = max(pair, min(budget, prompt + min(wanted, sampling.samples_per_prompt) * response))
+    row = max(pair, min(budget, prompt + wanted * response))
     step = -(-recipe.training.pairs_per_step // ranks) * pair
+    return max(row, min(budget, step)), row
+
+
+def _group_tokens(recipe: Recipe, ranks: int, longest: int) -> tuple[int, int]:
+    """The same for a trainer of whole prompts, whose responses are split over groups where the budget is short."""
+    response, n = recipe.sampling.max_new_tokens, recipe.sampling.samples_per_prompt
+    budget, prompt = recipe.training.tokens_per_batch, longest - response
+    whole = prompt + n * response
+    row = max(longest, min(budget, whole))
+    step = -(-prompts_per_step(recipe) // ranks) * whole
     return max(row, min(budget, step)), row
 
 

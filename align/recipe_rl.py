@@ -116,6 +116,11 @@ class Reward(Block):
     """Reward of a cut response, for `truncated: penalty`."""
 
 
+def greedy_per_prompt(recipe: Recipe) -> int:
+    """Greedy responses drawn beside a prompt's others: 1 where the algorithm compares with one, else 0."""
+    return int(recipe.training.algorithm in NEEDS_GREEDY)
+
+
 def policy_gradient_faults(recipe: Recipe) -> list[str]:
     """What is wrong with `training.rl` and `training.reward` in this recipe; each line begins with its key."""
     training = recipe.training

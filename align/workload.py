@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from align.memory import DTYPE_BYTES
 from align.model_shape import ModelShape
 from align.recipe import Recipe
+from align.recipe_rl import greedy_per_prompt
 from align.training.deepspeed_config import effective_stage
 from align.training.trainers import examples_per_round, steps_per_round
 
@@ -59,7 +60,7 @@ def plan_stages(recipe: Recipe, policy: ModelShape, facts: PromptFacts) -> tuple
     sampling, training, rounds = recipe.sampling, recipe.training, recipe.rounds
     evaluation, gold = recipe.evaluation, int(recipe.evaluation.gold is not None)
     response = sampling.max_new_tokens
-    samples = rounds.prompts_per_round * sampling.samples_per_prompt
+    samples = rounds.prompts_per_round * (sampling.samples_per_prompt + greedy_per_prompt(recipe))
     held_out = min(evaluation.prompts, facts.eval) if facts.eval is not None else evaluation.prompts
     eval_samples = held_out * evaluation.samples_per_prompt
     evaluations = len({r for r in range(rounds.count) if r % evaluation.every == 0}) + 1
@@ -132,8 +133,9 @@ def plan_disk(recipe: Recipe, policy: ModelShape, facts: PromptFacts, stages: tu
         stores.append(Store("new model", p * 4, f"P {p:,} x 4", "policy.from_scratch"))
     if recipe.cold_start is not None:
         stores.append(Store("cold start", p * 4, f"P {p:,} x 4", "policy.model"))
-    formula = f"{kept} x (weights {written:,} x {b} + T {t:,} x {state})"
-    size = kept * (written * b + t * state)
+    critic = int(training.trainer.critic)  # as large as the policy, or nearly
+    formula = f"{kept} x (weights {written:,} x {b} + T {t:,} x {state})" + (" x 2 (policy and critic)" * critic)
+    size = kept * (written * b + t * state) * (1 + critic)
     stores.append(Store("checkpoints", size, formula, "training.keep_checkpoints or policy.lora"))
     stores.append(Store("export", p * b, f"P {p:,} x {b}", "policy.model"))
     samples = sum(s.times * s.counts.get("samples", 0) for s in stages)

@@ -92,7 +92,7 @@ def negative_faults(recipe: Recipe) -> list[str]:
         wrong.append(f"{key}.wrong_below: is above right_from, so a response could be right and wrong at once")
     if "clip" in settings.changed() and settings.form == "probability":
         wrong.append(f"{key}.clip: only `form: ratio` reads it; take it out")
-    if name in OWN_SAMPLES:
+    if name in OWN_SAMPLES or name in NEGATIVE_ONLY and settings.preflight.mode == "fallback":
         cut = [k for k, plain in (("top_p", 1.0), ("top_k", 0)) if getattr(recipe.sampling, k) != plain]
         wrong += [
             f"sampling.{k}: {name} needs samples of the policy itself, and a cut-off draws from another distribution; "

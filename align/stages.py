@@ -18,8 +18,10 @@ from align.evaluation.metrics import evaluate as measure
 from align.evaluation.report import ensemble_report
 from align.pairs import BUILDERS, PairReport, build_pairs
 from align.prefix_values import STEP_BUILDERS, PairStage
+from align.preflight import preflight, settled
 from align.progress import track
 from align.recipe import Recipe
+from align.recipe_rl import greedy_per_prompt
 from align.records import Prompt, Sample, Verdict
 from align.verifiers.base import Item
 from align.verifiers.runner import count_reasons
@@ -32,6 +34,8 @@ Row = TypeVar("Row")
 
 def sample(run: Run, round_index: int) -> None:
     """Draw `samples_per_prompt` responses for the round's prompts from the policy as it is now."""
+    if round_index == 0:
+        preflight(run)
     with run.timed("sample"):
         _sample_shards(run, round_index, "train", run.round_prompts(round_index))
 
@@ -66,6 +70,7 @@ def _sample_shards(run: Run, round_index: int, purpose: Literal["train", "eval"]
                     top_k=settings.top_k,
                     purpose=purpose,
                     seed=recipe.seed,
+                    greedy=greedy_per_prompt(recipe) if purpose == "train" else 0,
                 )
                 store.commit_shard(round_index, stage, i, rows)
                 bar.advance(len(shards[i]))
@@ -81,7 +86,12 @@ def _check_cut(run: Run, round_index: int, stage: str) -> None:
     run.keep(
         round_index,
         f"{stage}_report",
-        {"samples": len(samples), "tokens": sum(len(s.response_ids) for s in samples), "cut": cut},
+        {
+            "samples": len(samples),
+            "greedy": sum(s.temperature == 0.0 for s in samples),
+            "tokens": sum(len(s.response_ids) for s in samples),
+            "cut": cut,
+        },
     )
     if cut:
         run.say(
@@ -219,7 +229,8 @@ def train(run: Run, round_index: int) -> None:
 
     if run.version > round_index:
         return
-    recipe, consumes = run.recipe, run.recipe.training.trainer.consumes
+    recipe = settled(run.recipe, run.store.read_json(0, "preflight"))
+    consumes = recipe.training.trainer.consumes
     run.require(round_index, consumes, "align pair" if consumes == "pairs" else "align score")
     rows = run.read(round_index, consumes)
     if not rows:
@@ -242,7 +253,9 @@ def train(run: Run, round_index: int) -> None:
                     bar.advance()
 
                 report = train_round(policy, data, recipe, on_step)
-            if not report.steps:
+            if report.stopped:
+                run.say(f"round {round_index}: training has ended: {report.stopped}")
+            elif not report.steps:
                 _empty_round(run, round_index, report.counts)
             run.keep(round_index, "training", asdict(report))
     with run.timed("checkpoint"):

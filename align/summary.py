@@ -47,6 +47,7 @@ def build_summary(recipe: Recipe, store: RunStore, status: str, seconds: Mapping
         "sync": [r["sync"] for r in rounds if r["sync"]],
         "pairing": [r["pairing"] for r in rounds if r["pairing"]],
         "cut": [r["samples_report"]["cut"] for r in rounds if r["samples_report"]],
+        "preflight": store.read_json(0, "preflight"),
         "prompts": store.read_json(None, "prompts"),
         "cold_start": store.read_json(None, "cold_start_report"),
         "export": store.read_json(None, "export_report"),

@@ -73,7 +73,7 @@ class Sampler:
         policy_version: int,
         n: int,
         temperature: float,
-        purpose: Literal["train", "eval", "rollout"],
+        purpose: Literal["train", "eval", "rollout", "preflight"],
         seed: int,
         top_p: float = 1.0,
         top_k: int = 0,

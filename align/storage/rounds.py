@@ -40,6 +40,8 @@ STAGES: dict[str, type[parquet.Record]] = {
     "eval_samples": Sample,
     "eval_verdicts": Verdict,
     "eval_gold": Verdict,
+    "preflight_samples": Sample,
+    "preflight_verdicts": Verdict,
 }
 _MADE_FROM = {
     "verdicts": "samples",
@@ -51,6 +53,7 @@ _MADE_FROM = {
     "pairs": "step_samples",
     "eval_verdicts": "eval_samples",
     "eval_gold": "eval_samples",
+    "preflight_verdicts": "preflight_samples",
 }
 _MANIFEST = "manifest.json"
 

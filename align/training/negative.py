@@ -156,7 +156,8 @@ def _steps(
             elif rows:
                 units += split_units(rows, _sample, training.tokens_per_batch)
         trained = sum(len(u.rows) for u in units)
-        counts["right" if sides == (-1,) else "wrong"] += len(judged) - trained if len(sides) == 1 else 0
+        if len(sides) == 1:
+            counts["right" if sides == (-1,) else "wrong"] += len(judged) - trained
         if units:
             yield Step(units, sum(len(r.sample.response_ids) for r in judged))
         else:

@@ -16,6 +16,7 @@ from align.training.steps import Unit
 from align.training.trainers import RoundData
 
 Row = TypeVar("Row")
+Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,8 @@ def make_steps(
     groups: Mapping[str, Sequence[Row]],
     prompts_per_step: int,
     seed: str,
-    to_units: Callable[[Sequence[Row]], list[Unit]],
-) -> list[list[Unit]]:
+    to_units: Callable[[Sequence[Row]], Sequence[Piece]],
+) -> list[list[Piece]]:
     """The groups in a seeded order, cut into steps of whole prompts; `to_units` lays one prompt's rows out."""
     prompts = sorted(groups)
     random.Random(seed).shuffle(prompts)

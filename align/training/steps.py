@@ -41,6 +41,7 @@ class TrainReport:
     seconds: float
     metrics: dict[str, float]  # mean over the round's steps
     counts: dict[str, int] = field(default_factory=dict)  # what was left out, by reason
+    stopped: str = ""  # why training has ended for good, where a rule of the trainer says so
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _refuse_not_finite(
 
 
 def mean_report(
-    rows: Sequence[Mapping[str, Any]], examples: int, seconds: float, counts: Mapping[str, int]
+    rows: Sequence[Mapping[str, Any]], examples: int, seconds: float, counts: Mapping[str, int], stopped: str = ""
 ) -> TrainReport:
     """A round's report from its steps' rows."""
     places = ("step", "round", "epoch", "tokens", "examples")
@@ -219,4 +220,5 @@ def mean_report(
         seconds=seconds,
         metrics={k: sum(r[k] for r in rows) / len(rows) for k in names},
         counts=dict(counts),
+        stopped=stopped,
     )

@@ -153,8 +153,11 @@ def reward_regression(batch: GroupBatch, *, beta: float) -> Tensor:
 
 
 def kendall_tau(batch: GroupBatch) -> tuple[Tensor, Tensor]:
-    """[G] concordant less discordant pairs of log-ratio and utility, and [G] the pairs that utilities decide."""
-    ratio, above = batch.table(batch.ratio.detach()), batch.above
+    """[G] concordant less discordant pairs of log-ratio and utility, and [G] the pairs that utilities decide.
+
+    Log-ratios that differ by less than RANK_GRAIN are a tie, which is neither.
+    """
+    ratio, above = (batch.table(batch.ratio.detach()) / RANK_GRAIN).round(), batch.above
     signs = torch.sign(ratio[:, :, None] - ratio[:, None, :])
     return torch.where(above, signs, torch.zeros_like(signs)).sum((1, 2)), above.sum((1, 2))
 

@@ -54,6 +54,7 @@ def load(policy: PolicyEngine, directory: Path) -> None:
             f"{directory}: written by {progress['world_size']} ranks and this run has {ranks.world_size}; "
             f"go on with --ranks {progress['world_size']}"
         )
+    policy.begin_round(progress["trainer_state"].get("frozen_for", 0))  # the optimizer that wrote it
     loaded, _ = policy.engine.load_checkpoint(
         str(directory), tag=TAG, load_module_strict=policy.peft is None, load_lr_scheduler_states=False
     )

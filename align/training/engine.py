@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from align.recipe import Recipe
-from align.training import checkpoint, model, weights_view
+from align.training import checkpoint, freezing, model, weights_view
 from align.training.deepspeed_config import reference_config
 from align.training.exact_kl import OtherHead
 from align.training.groups import PackedBatch
@@ -67,6 +67,9 @@ class PolicyEngine(ShardedModel):
         self.peft = model.add_lora(network, policy.lora, base) if policy.lora is not None else None
         self.model = network
         self.vocabulary_size = network.get_input_embeddings().num_embeddings
+        self.frozen: frozenset[str] = frozenset()  # names of weights that this round leaves as they are
+        if training.freeze == "half":
+            self._freeze(0, recipe.seed)
         super().__init__(model.PolicyNetwork(network), recipe, ranks, device, total_steps)
         self.critic: CriticEngine | None = None
         if training.trainer.critic:
@@ -75,6 +78,19 @@ class PolicyEngine(ShardedModel):
             self.critic = CriticEngine(self.model_dir, recipe, ranks, device, total_steps)
 
     # ---- training --------------------------------------------------------------------------------------------
+
+    def begin_round(self, round_index: int) -> None:
+        """Before a round's first step: what it trains, where the recipe freezes half.  Collective.
+
+        Another half means another optimizer, whose state begins at zero; see `align.training.freezing`.
+        """
+        if self.recipe.training.freeze == "half" and self.trainer_state["frozen_for"] != round_index:
+            self._freeze(round_index, self.recipe.seed)
+            self.restart()
+
+    def _freeze(self, round_index: int, seed: int) -> None:
+        self.frozen = freezing.freeze_half(self.model, seed, round_index)
+        self.trainer_state["frozen_for"] = round_index
 
     def forward(
         self,

@@ -24,6 +24,7 @@ from align.errors import InputError
 from align.recipe import Recipe
 from align.training.deepspeed_config import deepspeed_config, effective_stage
 from align.training.groups import Group, PackedBatch, lay_out, plan_batches
+from align.training.host_memory import keep_freed_memory
 from align.training.schedule import factor
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ def start_device(recipe: Recipe, ranks: Ranks) -> torch.device:
     if recipe.policy.dtype == "float16" and not torch.cuda.is_available():
         raise InputError("policy.dtype: DeepSpeed does not train in float16 on a CPU; use bfloat16 or float32")
     _start_process_group(ranks)
-    return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", ranks.local_rank)
+    keep_freed_memory()
+    return torch.device("cpu")
 
 
 class ShardedModel:
@@ -77,6 +81,11 @@ class ShardedModel:
             engine.enable_backward_allreduce = False  # nothing to average; it would copy every gradient twice
         engine.train()
         return engine
+
+    def restart(self) -> None:
+        """Go on from the weights as they are with a new optimizer for what is trained now."""
+        self.engine.destroy()
+        self.engine = self._start_deepspeed()
 
     # ---- training --------------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: 
 
     Raises RunError on every rank, before the optimizer step, where a loss or a gradient is not finite on any.
     """
+    engine.begin_round(data.round)
     report: TrainReport = import_module(recipe.training.trainer.module).train_round(engine, data, recipe, on_step)
     return report
 

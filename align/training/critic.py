@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from align.errors import InputError
 from align.model_files import check_model_dir, resolve_model
 from align.recipe import Recipe
-from align.training import attention, model
+from align.training import attention, model, trunk
 from align.training.groups import PackedBatch
 from align.training.logps import TokenLogProbs
 from align.training.sharded import Sequence_, ShardedModel
@@ -42,14 +42,7 @@ class ValueNetwork(nn.Module):
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor]:
         """[N] float32: a response token is read one position before it, so the value does not know the token."""
-        hidden = self.backbone(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            packed_mask=attention.build_mask(batch, self.backbone.dtype),
-            use_cache=False,
-        ).last_hidden_state
-        before_responses = hidden.flatten(0, 1).index_select(0, batch.read_from)
-        return (self.head(before_responses).squeeze(-1).float(),)
+        return (self.head(trunk.states(self.backbone, batch)).squeeze(-1).float(),)
 
 
 class CriticEngine(ShardedModel):

@@ -6,7 +6,8 @@ first token of every response that is the prompt's last hidden state, which all 
 
 Prefix sharing for preference training: Wang and Hegde, arXiv 2410.20305.
 
-Legend: R rows, S positions of a row, K responses of a batch, N response tokens of a batch.
+Legend: R rows, S positions of a row, K responses of a batch, N response tokens of a batch, M positions that the
+head reads.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class PackedBatch:
       input_ids    4 5 15 8 1 9 9 1      read_from  2 3 2 5 6   (position before each response token)
       position_ids 0 1 2  3 4 3 4 5      targets    8 1 9 9 1
       response_of  0 0 0  1 1 2 2 2      lengths    2 3         members ((0, 0), (0, 1))
+      read_at      2 3 5 6               read_row   0 1 0 2 3   (each position once, and where it stands in read_at)
     """
 
     input_ids: Tensor  # [R, S]
@@ -59,6 +61,8 @@ class PackedBatch:
     group_of: Tensor  # [R, S] number of the group within its row, PADDING outside
     response_of: Tensor  # [R, S] 0 in a prompt, 1 … G in its responses
     read_from: Tensor  # [N] index into the R*S positions
+    read_at: Tensor  # [M] the positions in read_from, ascending, each once
+    read_row: Tensor  # [N] index into read_at
     targets: Tensor  # [N] the response tokens, response after response
     lengths: Tensor  # [K] tokens of each response; sums to N
     members: tuple[tuple[int, int], ...]  # [K] (index of the group among those packed, index of the response)
@@ -159,12 +163,15 @@ def lay_out(groups: Sequence[Group], plan: Plan) -> PackedBatch:
         positions[row_number, :used] = torch.tensor(row_positions)
         group_of[row_number, :used] = torch.tensor(row_groups)
         response_of[row_number, :used] = torch.tensor(row_responses)
+    read_at, read_row = torch.unique(torch.tensor(read_from), return_inverse=True)
     return PackedBatch(
         input_ids=ids,
         position_ids=positions,
         group_of=group_of,
         response_of=response_of,
         read_from=torch.tensor(read_from),
+        read_at=read_at,
+        read_row=read_row,
         targets=torch.tensor(targets),
         lengths=torch.tensor(lengths),
         members=tuple(members),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import InputError
-from align.training import attention
+from align.training import attention, trunk
 from align.training.exact_kl import exact_kl
 from align.training.groups import PackedBatch
 from align.training.logps import HeadOptions, token_logprobs
@@ -39,14 +39,7 @@ class PolicyNetwork(nn.Module):
 
     def states(self, batch: PackedBatch) -> Tensor:
         """[N, D] the hidden state in front of every response token."""
-        hidden = self.network.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            packed_mask=attention.build_mask(batch, self.network.dtype),
-            use_cache=False,
-        ).last_hidden_state
-        found: Tensor = hidden.flatten(0, 1).index_select(0, batch.read_from)
-        return found
+        return trunk.states(self.network.base_model, batch)
 
 
 class Head(nn.Module):

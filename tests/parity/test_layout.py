@@ -19,21 +19,25 @@ GROUPS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama"])
+@pytest.fixture(scope="module", params=["qwen3", "llama", "qwen2", "mistral", "olmo2"])
 def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A grouped-query model of each of two architectures, loaded from disk as the engine loads one."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+    """A grouped-query model of each kind, loaded as the engine loads one; olmo2 has layers that are never trimmed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = dict(
         vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
     )  # fmt: skip
-    config = (Qwen3Config if request.param == "qwen3" else LlamaConfig)(
-        **shape, tie_word_embeddings=request.param == "qwen3"
-    )
+    no_window = {"sliding_window": None} if request.param == "mistral" else {}
+    tied = request.param == "qwen3"
+    config = AutoConfig.for_model(request.param, tie_word_embeddings=tied, **shape, **no_window)
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp(request.param)
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    fresh = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in fresh.parameters():  # no bias of 0 and no scale of 1: each has to be applied
+            parameter += 0.1 * torch.randn_like(parameter)
+    fresh.save_pretrained(directory)
     return load_network(directory, "float32")
 
 
@@ -101,3 +105,36 @@ def test_a_response_does_not_change_its_neighbours(network: Any) -> None:
     alone = packed_sums(network, [Group(group.prompt, group.responses[:1])], 100)[0, 0]
     beside = packed_sums(network, [group, GROUPS[1]], 100)[0, 0]
     torch.testing.assert_close(alone, beside, rtol=0, atol=1e-5)
+
+
+def test_the_last_layer_computes_only_what_the_head_reads(network: Any) -> None:
+    """12 of 22 positions are read: not the beginnings of the prompts, and not the last token of any response."""
+    (batch,) = pack(GROUPS[:2], 1000)
+    seen: list[torch.Size] = []
+    layers = network.base_model.layers
+    hooks = [layer.mlp.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0].shape)) for layer in layers]
+    PolicyNetwork(network)(batch, HeadOptions(chunk=4))
+    for hook in hooks:
+        hook.remove()
+    read = len({*batch.read_from.tolist()})
+    positions = batch.input_ids.numel()
+    trimmed = network.config.model_type != "olmo2"
+    assert read == 12
+    assert [shape[:-1].numel() for shape in seen] == [positions, read if trimmed else positions]
+
+
+def test_gradient_checkpointing_changes_nothing(network: Any) -> None:
+    (batch,) = pack(GROUPS, 1000)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+            network.train()
+        network.zero_grad()
+        logprobs, *_ = PolicyNetwork(network)(batch, HeadOptions(chunk=4))
+        logprobs.square().sum().backward()
+        found.append([p.grad.clone() for p in network.parameters()])
+    network.gradient_checkpointing_disable()
+    network.eval()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

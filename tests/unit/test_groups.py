@@ -26,6 +26,8 @@ def test_the_layout_of_the_docstring() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
     assert batch.response_of.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2]]
     assert batch.read_from.tolist() == [2, 3, 2, 5, 6]
+    assert batch.read_at.tolist() == [2, 3, 5, 6]
+    assert batch.read_row.tolist() == [0, 1, 0, 2, 3]
     assert batch.targets.tolist() == [8, 1, 9, 9, 1]
     assert batch.lengths.tolist() == [2, 3]
     assert batch.members == ((0, 0), (0, 1))

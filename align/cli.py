@@ -105,6 +105,30 @@ def export(recipe: RecipeFile, overrides: Overrides = None, ranks: RankCount = N
 
 
 @app.command()
+def verify(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="The recipe with the verifiers.")] = None,
+    responses: Annotated[
+        str | None, typer.Argument(metavar="[RESPONSES]", help="Responses to score: JSONL, CSV or Parquet.")
+    ] = None,
+    overrides: Overrides = None,
+    votes: Annotated[str | None, typer.Option("--votes", help="Instead: a CSV of votes, may be gzipped.")] = None,
+    labels: Annotated[int | None, typer.Option("--labels", help="Let the ensemble see gold of so many items.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Directory for the result; new, or an earlier one.")] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="With --votes: the plot and the table too.")] = False,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", metavar="NAME=COLUMN", help="A column of RESPONSES, such as prompt=question."),
+    ] = None,
+) -> None:
+    """Score a file of responses with the recipe's verifiers, or a file of votes; say how far to trust it."""
+    from align.progress import clean
+    from align.verifying.arguments import verify as verify_file
+
+    lines = verify_file(recipe, responses, overrides or (), votes, labels, out=out, plot=plot, columns=columns or ())
+    print(clean("\n".join(lines)))
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, what is missing, and what to do about it."""
     from align.doctor import examine

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("run", "plan", "sample", "score", "pair", "train", "evaluate", "export", "doctor", "schema")
+VERBS = ("run", "plan", "sample", "score", "pair", "train", "evaluate", "export", "verify", "doctor", "schema")
 BLOCK_HEAVY = """
 import sys
 for name in ("torch", "vllm", "deepspeed", "trl", "peft", "transformers", "datasets"):

@@ -11,9 +11,9 @@ HEAVY = ("torch", "vllm", "deepspeed", "trl", "peft", "transformers", "datasets"
 LIGHT = (
     "align", "align.cli", "align.errors", "align.recipe", "align.recipe_file", "align.launcher", "align.worker",
     "align.doctor", "align.progress", "align.records", "align.store", "align.distributed", "align.loop", "align.pairs",
-    "align.prompts", "align.plan", "align.model_card",
+    "align.prompts", "align.plan", "align.model_card", "align.verify", "align.resampling",
 )  # fmt: skip
-FOLDERS = ("verifiers", "ensemble", "evaluation", "tasks")
+FOLDERS = ("verifiers", "ensemble", "evaluation", "tasks", "verifying")
 MAY_BE_HEAVY = ("align.verifiers.reward_model",)
 
 

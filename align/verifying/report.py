@@ -1,0 +1,207 @@
+"""What is known of the verifiers and of P(good): estimates from the votes, and beside them the truth where gold is.
+
+The two never mix.  An estimate sees the votes and the labels that were asked for; the truth is measured on gold that
+the ensemble did not see, and nothing is decided by it.
+
+Legend: N items, M verifiers, B bins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from align.ensemble.combine import Combined
+from align.ensemble.normalise import binarise, row_mean
+from align.ensemble.table import VerdictTable
+from align.evaluation.report import ensemble_report
+
+BINS = 10
+BLOCK_ROWS = 200_000
+TWO_SIDED = 1.96  # standard errors of a 95% interval
+MIN_SPREAD = 1e-9
+
+
+def verifier_rows(table: VerdictTable, combined: Combined) -> list[dict[str, Any]]:
+    """One row a verifier, all from the votes and from labels that were shown.
+
+    `low` and `high` bound the accuracy by the number of votes alone; they do not say whether the model is right.
+    """
+    good = float(np.nansum(combined.p_good))
+    bad = float((~np.isnan(combined.p_good)).sum()) - good
+    rows = []
+    for j, one in enumerate(combined.estimates):
+        share = combined.class_balance
+        variance = share**2 * one.tpr * (1 - one.tpr) / max(good * one.coverage, 1.0)
+        variance += (1 - share) ** 2 * one.tnr * (1 - one.tnr) / max(bad * one.coverage, 1.0)
+        reach = TWO_SIDED * max(variance, 0.0) ** 0.5
+        rows.append(
+            {
+                "name": one.name,
+                "kind": table.kinds[j],
+                "family": table.families[j],
+                "accuracy": one.accuracy,
+                "low": max(0.0, one.accuracy - reach),
+                "high": min(1.0, one.accuracy + reach),
+                "tpr": one.tpr,
+                "tnr": one.tnr,
+                "coverage": one.coverage,
+                "positive_rate": one.positive_rate,
+                "failures": dict(one.failures),
+            }
+        )
+    return rows
+
+
+def true_report(table: VerdictTable, combined: Combined, gold: np.ndarray, seen: np.ndarray) -> dict[str, Any] | None:
+    """Everything that gold says, measured on the items whose gold was not shown; None where there is none.
+
+    `items`, `good`  how many items, and the share of them that gold calls good
+    `ensemble`       P(good), mean, majority and each verifier against gold (`align.evaluation.report`)
+    `verifiers`      per verifier: votes that gold judges, accuracy with its 95% interval, tpr, tnr
+    `calibration`    expected calibration error and Brier score of P(good), and its reliability curve
+    `selection`      gold of the item picked in each group, by P(good), by majority, at random, by an oracle
+    `correlation`    [M, M] of the verifiers' errors, given gold
+    """
+    known = ~np.isnan(gold)
+    known[seen] = False
+    if not known.any():
+        return None
+    truth = np.where(known, gold, np.nan).astype(float)
+    votes = binarise(table, combined.class_balance)
+    return {
+        "items": int(known.sum()),
+        "good": float(truth[known].mean()),
+        "ensemble": ensemble_report(table, combined, truth),
+        "verifiers": _true_rows(table, votes, truth),
+        "calibration": calibration(combined.p_good[known], truth[known]),
+        "selection": selection(combined.p_good, row_mean(votes), truth, table.prompts),
+        "correlation": error_correlation(votes, truth),
+    }
+
+
+def _true_rows(table: VerdictTable, votes: np.ndarray, truth: np.ndarray) -> list[dict[str, Any]]:
+    rows = []
+    for j, name in enumerate(table.names):
+        both = ~(np.isnan(votes[:, j]) | np.isnan(truth))
+        vote, gold = votes[both, j], truth[both]
+        right = float((vote == gold).mean()) if len(gold) else float("nan")
+        low, high = wilson(right, len(gold))
+        good = float(gold.sum())
+        rows.append(
+            {
+                "name": name,
+                "judged": len(gold),
+                "accuracy": right,
+                "low": low,
+                "high": high,
+                "tpr": float(vote @ gold) / good if good else float("nan"),
+                "tnr": float((1 - vote) @ (1 - gold)) / (len(gold) - good) if len(gold) > good else float("nan"),
+            }
+        )
+    return rows
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of `count` (Wilson, 1927): never outside 0 to 1, and sensible at 0 and 1.
+
+    Example: wilson(1.0, 4) is about (0.51, 1.0)
+    """
+    if not count:
+        return float("nan"), float("nan")
+    z2 = TWO_SIDED**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    reach = TWO_SIDED * (share * (1 - share) / count + z2 / (4 * count**2)) ** 0.5 / (1 + z2 / count)
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def calibration(p_good: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """ECE = sum over bins of share x |mean P(good) - share good|, the Brier score, and the bins, ten of equal width.
+
+    Items without a P(good) are left out.
+    """
+    known = ~np.isnan(p_good)
+    p, gold = p_good[known], truth[known]
+    if not len(p):
+        return {"ece": None, "brier": None, "bins": []}
+    index = np.minimum((p * BINS).astype(int), BINS - 1)
+    bins, error = [], 0.0
+    for b in np.unique(index):
+        here = index == b
+        share, mean = float(gold[here].mean()), float(p[here].mean())
+        low, high = wilson(share, int(here.sum()))
+        bins.append({"count": int(here.sum()), "p_good": mean, "good": share, "low": low, "high": high})
+        error += float(here.mean()) * abs(mean - share)
+    return {"ece": error, "brier": float(((p - gold) ** 2).mean()), "bins": bins}
+
+
+def selection(
+    p_good: np.ndarray, majority: np.ndarray, truth: np.ndarray, groups: np.ndarray
+) -> dict[str, float] | None:
+    """Mean gold of the item picked in each group of two or more judged items; ties share.  None without such groups."""
+    judged = np.flatnonzero(~np.isnan(truth))
+    rows = judged[np.argsort(groups[judged], kind="stable")]
+    if not len(rows):
+        return None
+    starts = np.flatnonzero(np.r_[True, np.diff(groups[rows]) != 0])
+    sizes = np.diff(np.r_[starts, len(rows)])
+    large = sizes > 1
+    if not large.any():
+        return None
+    gold = truth[rows]
+
+    def picked(opinion: np.ndarray) -> float:
+        score = np.nan_to_num(opinion[rows], nan=-1.0)
+        top = (score == np.repeat(np.maximum.reduceat(score, starts), sizes)).astype(float)
+        return float((np.add.reduceat(gold * top, starts) / np.add.reduceat(top, starts))[large].mean())
+
+    return {
+        "groups": float(large.sum()),
+        "p_good": picked(p_good),
+        "majority": picked(majority),
+        "random": picked(np.zeros(len(truth))),
+        "oracle": picked(truth),
+    }
+
+
+def error_correlation(votes: np.ndarray, p_good: np.ndarray) -> np.ndarray:
+    """[M, M]: correlation of two verifiers' votes among good items and among bad ones, put together.
+
+    Each item counts as good with P(good); with gold in its place this is the correlation of their errors.  NaN where
+    one of them never varies, or they never judged the same item.
+    """
+    count = votes.shape[1]
+    total = np.zeros((2, 3, count, count))  # by class: both heard, i says yes where j is heard, both say yes
+    for start in range(0, len(votes), BLOCK_ROWS):
+        block = votes[start : start + BLOCK_ROWS]
+        weight = p_good[start : start + BLOCK_ROWS]
+        present = ~np.isnan(weight)
+        block, weight = block[present], weight[present]
+        heard = (~np.isnan(block)).astype(float)
+        yes = np.nan_to_num(block)
+        for k, w in enumerate((weight, 1.0 - weight)):
+            total[k] += np.stack(
+                [(heard * w[:, None]).T @ heard, (yes * w[:, None]).T @ heard, (yes * w[:, None]).T @ yes]
+            )
+    covariance, spread = np.zeros((count, count)), np.zeros((count, count))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for heard_both, yes_i, yes_both in total:
+            mean = np.where(heard_both > 0, yes_i / heard_both, 0.0)
+            covariance += yes_both - heard_both * mean * mean.T
+            spread += heard_both * mean * (1.0 - mean)
+        scale = np.sqrt(spread * spread.T)
+        found = np.where(scale > MIN_SPREAD, covariance / scale, np.nan)
+    return np.clip(found, -1.0, 1.0)
+
+
+def worst_pairs(correlation: np.ndarray, names: tuple[str, ...], most: int = 5) -> list[dict[str, Any]]:
+    """The pairs of verifiers whose errors are most alike, largest first."""
+    rows, columns = np.triu_indices(len(names), k=1)
+    values = correlation[rows, columns]
+    order = np.argsort(-np.nan_to_num(np.abs(values), nan=-1.0), kind="stable")[:most]
+    return [
+        {"verifiers": [names[rows[i]], names[columns[i]]], "correlation": float(values[i])}
+        for i in order
+        if not np.isnan(values[i])
+    ]

@@ -27,7 +27,7 @@ from align.recipe import Recipe
 from align.records import Pair, Sample
 from align.training.engine import PolicyEngine
 from align.training.groups import Group, PackedBatch
-from align.training.logps import TokenLogProbs
+from align.training.logps import TokenLogProbs, per_response
 from align.training.losses.divergence import with_divergence
 from align.training.losses.pairs import PairBatch
 from align.training.losses.tokens import wpo_log_weights
@@ -38,7 +38,6 @@ from align.training.steps import (
     TrainReport,
     Unit,
     mean_report,
-    response_totals,
     train_step,
 )
 from align.training.trainers import OnStep, RoundData
@@ -188,21 +187,21 @@ class PreferenceObjective(PlainObjective):
         """The micro-batch's share of the global loss and of the metrics."""
         rows, slots = _rows_of(batch, units)
         pairs = [row.pair for row in rows]
-        device = found.logprobs.device
-        places = torch.tensor(slots).T.to(device)  # [2, B]
-        plain = response_totals(batch, found)[places]  # [2, B]
+        # A margin is a small difference of sums over many tokens: in float32 most of its digits would be gone.
+        logprobs, lengths = found.logprobs.double(), batch.lengths.to(found.logprobs.device)
+        places = torch.tensor(slots).T.to(logprobs.device)  # [2, B]
+        plain = per_response(logprobs, lengths)[places]  # [2, B]
         alpha = self._settings.ld_alpha
-        sums = plain if alpha is None else ld_totals(found.logprobs, batch.lengths.tolist(), slots, alpha)
+        sums = plain if alpha is None else ld_totals(logprobs, batch.lengths.tolist(), slots, alpha)
         records = self._batch(pairs, sums[0], sums[1])
         likely = torch.ones_like(records.weight)
         if found.squares is not None:
-            lengths = batch.lengths.to(device)
-            likely = wpo_log_weights(found.logprobs, found.squares, lengths)[places].sum(0).exp()
+            likely = wpo_log_weights(logprobs, found.squares, lengths)[places].sum(0).exp()
         weight = records.weight * likely
         if self._facts.whole_step:
-            known = torch.tensor([self._slopes[p.id] for p in pairs], dtype=torch.float64, device=device).T
+            known = torch.tensor([self._slopes[p.id] for p in pairs], dtype=torch.float64, device=logprobs.device).T
             losses = known[0]
-            to_differentiate = (known[1:].to(sums.dtype) * sums).sum()
+            to_differentiate = (known[1:] * sums).sum()
         else:
             losses = self._loss(records, **self._arguments)
             to_differentiate = (weight * losses).sum() / self._pairs
@@ -219,7 +218,7 @@ class PreferenceObjective(PlainObjective):
                 "reward": beta * (records.chosen + records.rejected).sum() / 2,
                 "wpo_weight": likely.sum(),
             }
-            totals = torch.stack([seen[name].double() for name in self.sums])
+            totals = torch.stack([seen[name].detach().double() for name in self.sums])
         names = [f"{p.chosen_id}/{p.rejected_id}" for p in pairs]
         return Part(to_differentiate + nll, totals, losses.detach(), names)
 

@@ -157,15 +157,19 @@ def cut_into_steps(groups: Mapping[str, Sequence[Target]], responses: int, seed:
 class _Objective(PlainObjective):
     """What the supervised losses share: the function, its settings, and means over the step."""
 
-    sums: tuple[str, ...] = ("loss", "nll", "good")
+    sums: tuple[str, ...] = ("loss", "nll", "good", "divergence")
 
     def __init__(self, recipe: Recipe) -> None:
         facts = recipe.training.loss_facts
         self._loss = facts.function()
         named = signature(self._loss).parameters
         settings = recipe.training.supervised
-        own = {k: getattr(settings, k) for k in type(settings).model_fields if k in named}
-        self._arguments = {**own, **facts.arguments(recipe.training.loss)}
+        own = {
+            "unlikelihood_weight": settings.unlikelihood_weight,
+            "weight_cap": settings.weight_cap,
+            "kl_weight": settings.kl_weight,
+        }
+        self._arguments = {**{k: v for k, v in own.items() if k in named}, **facts.arguments(recipe.training.loss)}
         self._responses = self._tokens = self._pairs = 0  # of the whole step
 
     def begin(self, seed: str) -> None:
@@ -188,17 +192,20 @@ class _Objective(PlainObjective):
     def _part(self, loss: Tensor, losses: Tensor, rows: Sequence[Target], found: TokenLogProbs) -> Part:
         good = sum(t.good for t in rows)
         with torch.no_grad():
-            sums = torch.stack([loss, -found.logprobs.sum(), torch.full_like(loss, good)]).double()
+            nothing = torch.zeros_like(loss)
+            divergence = nothing if found.divergence is None else found.divergence.sum()
+            sums = torch.stack([loss, -found.logprobs.sum(), nothing + good, divergence]).double()
         return Part(loss, sums, losses.detach(), [t.sample.id for t in rows])
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The loss, the mean -log π of a token, the share of good responses, and how many there are."""
-        return {
+        """The loss, the mean -log π of a token, the share of good responses, how many there are; Quark's KL."""
+        found = {
             "loss": sums["loss"],
             "nll": sums["nll"] / self._tokens,
             "good": sums["good"] / self._responses,
             "responses": self._responses,
         }
+        return found | ({"divergence": sums["divergence"] / self._tokens} if self.head else {})
 
 
 class TokenObjective(_Objective):

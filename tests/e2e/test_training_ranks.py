@@ -35,6 +35,8 @@ RESUMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # name: (ran
     "offload": (1, {"zero_stage": 3, "offload": "all"}, {"lora": {"r": 4}}),
     "stage2": (2, {"zero_stage": 2}, {}),
     "stage3": (2, {"zero_stage": 3, "deepspeed": SHARDED}, {}),
+    "half": (1, {"freeze": "half", "zero_stage": 2}, {"dtype": "bfloat16"}),
+    "half3": (2, {"freeze": "half", "zero_stage": 3, "deepspeed": SHARDED}, {}),
     "lora2": (2, {"zero_stage": 2}, LORA),
     "lora3": (2, {"zero_stage": 3, "gradient_checkpointing": True, "deepspeed": SHARDED}, {"lora": {"r": 4}}),
 }
@@ -71,7 +73,9 @@ def first_jobs(ranks: int, where: Path) -> dict[str, dict[str, Any]]:
     return jobs
 
 
-def launch(ranks: int, jobs: dict[str, dict[str, Any]], where: Path, label: str) -> list[dict[str, Any]]:
+def launch(
+    ranks: int, jobs: dict[str, dict[str, Any]], where: Path, label: str, script: str = "training_job.py"
+) -> list[dict[str, Any]]:
     """Run the jobs on this many processes; every rank's reports by job."""
     file = where / f"{label}.json"
     file.write_text(json.dumps({"out": str(where / label), "jobs": jobs}))
@@ -83,7 +87,7 @@ def launch(ranks: int, jobs: dict[str, dict[str, Any]], where: Path, label: str)
         place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         environment |= {key: str(value) for key, value in place.items()} if ranks > 1 else {}
-        command = [sys.executable, str(Path(__file__).with_name("training_job.py")), str(file)]
+        command = [sys.executable, str(Path(__file__).with_name(script)), str(file)]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
     errors = [process.communicate(timeout=540)[1].decode() for process in processes]
     assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)[-3000:]

@@ -96,13 +96,13 @@ def quark(tokens: TokenBatch, kl_weight: float) -> Tensor:
     return -tokens.logprobs + kl_weight * tokens.kl
 
 
-def poft(mean_logprobs: Tensor, aligned: Tensor) -> Tensor:
+def poft(mean_logprobs: Tensor, aligned_logprobs: Tensor) -> Tensor:
     """[K] PoFT: -log σ(r_θ - r̄) (arXiv 2412.12865, eq. 4).
 
     r_θ is the mean token log-probability of the response, r̄ the mean of the same under the aligned models.  The
     gradient is that of the mean token cross-entropy times e^r̄ / (e^r̄ + e^r_θ): what they like more counts more.
     """
-    return -F.logsigmoid(mean_logprobs - aligned)
+    return -F.logsigmoid(mean_logprobs - aligned_logprobs)
 
 
 def rlhf_sharpening(ratio_margin: Tensor, self_reward_margin: Tensor, beta: float) -> Tensor:

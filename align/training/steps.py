@@ -136,7 +136,7 @@ def train_step(engine: PolicyEngine, units: Sequence[Unit[Any]], objective: Obje
             sums[-2] += (~torch.isfinite(part.losses)).sum()
             loss = part.loss * engine.ranks.world_size  # DeepSpeed averages over the ranks
         else:
-            loss = engine.forward(dummy_batch()).logprobs.sum() * 0.0
+            loss = _nothing(engine.forward(dummy_batch(), **objective.head))
         engine.backward(loss, last=i == rounds - 1)
     sums[-1] = engine.gradient_square_sum()
     *totals, bad, gradient = engine.sum_over_ranks(sums).tolist()
@@ -151,6 +151,12 @@ def train_step(engine: PolicyEngine, units: Sequence[Unit[Any]], objective: Obje
         "skipped": 0 if applied else 1,
         "tokens": sum(u.group.tokens for u in units),
     }
+
+
+def _nothing(found: TokenLogProbs) -> Tensor:
+    """A loss of 0 that goes back through all that the head gave: ZeRO-3 gathers weights once for each of them."""
+    outputs = (found.logprobs, found.entropies, found.divergence)
+    return torch.stack([x.sum() for x in outputs if x is not None and x.requires_grad]).sum() * 0.0
 
 
 def _my_batches(engine: PolicyEngine, shares: Sequence[Sequence[Unit[Any]]]) -> tuple[list[Unit[Any]], list[Plan], int]:

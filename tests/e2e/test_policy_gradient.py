@@ -1,0 +1,195 @@
+"""Policy gradients under DeepSpeed in real processes: every algorithm learns, and neither ranks, stages, budgets nor a
+restart change what it learns.  All jobs run in three launches."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from align.recipe import Scratch
+from align.training.scratch import create_model
+
+ROOT = Path(__file__).parents[2]
+PPO = {
+    "algorithm": "ppo",
+    "epochs": 2,
+    "rl": {"entropy_bonus": 0.01, "importance_cap": 2.0, "kl": {"target": 0.5}, "critic": {"learning_rate": 1e-2}},
+    "reward": {"truncated": "mask", "normalise": "initial"},
+}
+GRPO = {"algorithm": "grpo", "rl": {"kl": {"place": "loss"}, "aggregation": "sequence_mean", "clip_high": 0.28}}
+P3O = {"algorithm": "p3o", "rl": {"kl": {"beta": 0.01}}}
+OTHERS = ("rloo", "reinforce_pp", "remax", "pairwise_grpo", "pairwise_ppo")
+SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+pytestmark = pytest.mark.engine
+
+Reports = dict[str, list[dict[str, Any]]]
+
+
+def jobs_of(ranks: int, where: Path) -> dict[str, dict[str, Any]]:
+    """Everything that starts from the initial model on this many ranks."""
+    if ranks == 1:
+        found: dict[str, dict[str, Any]] = {
+            "ppo": {"training": PPO, "save": str(where / "ppo.save"), "weights": str(where / "ppo.weights")},
+            "ppo whole": {"training": {**PPO, "tokens_per_batch": 4096}},
+            "grpo": {"training": GRPO},
+            "p3o": {"training": {**P3O, "tokens_per_batch": 4096}},
+            "p3o split": {"training": {**P3O, "tokens_per_batch": 1}},
+            "warm": {"training": {**PPO, "rl": {**PPO["rl"], "critic": {"learning_rate": 1e-2, "warmup_rounds": 1}}}},  # type: ignore[dict-item]
+        }
+        return found | {name: {"training": {"algorithm": name}, "rounds": 3} for name in OTHERS}
+    files = {"save": str(where / "ppo2.save"), "weights": str(where / "ppo2.weights")}
+    return {
+        "ppo2": {"training": {**PPO, "zero_stage": 2}, **files},
+        "ppo3": {"training": {**PPO, "zero_stage": 3, "deepspeed": SHARDED, "tokens_per_batch": 24}},
+        "grpo2": {"training": {**GRPO, "tokens_per_batch": 24}},
+    }
+
+
+def launch(ranks: int, jobs: dict[str, dict[str, Any]], where: Path, label: str) -> list[dict[str, Any]]:
+    """Run the jobs on this many processes; every rank's reports by job."""
+    file = where / f"{label}.json"
+    given = {name: {"model": str(where / "model"), **job} for name, job in jobs.items()}
+    file.write_text(json.dumps({"out": str(where / label), "jobs": given}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment |= {key: str(value) for key, value in place.items()} if ranks > 1 else {}
+        command = [sys.executable, str(Path(__file__).with_name("rl_job.py")), str(file)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    errors = [process.communicate(timeout=540)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)[-3000:]
+    return [json.loads(Path(f"{where / label}.{rank}").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rl")
+
+
+@pytest.fixture(scope="module")
+def reports(where: Path) -> Reports:
+    """By job, what each rank reported; a resumed job is called `NAME again`."""
+    shape = Scratch(hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1, head_dim=32, context=64)
+    create_model(where / "model", shape, seed=1)
+    found: Reports = {}
+    for ranks in (1, 2):
+        first = jobs_of(ranks, where)
+        found |= {name: [r[name] for r in by_rank] for by_rank in [launch(ranks, first, where, f"first{ranks}")]
+                  for name in first}  # fmt: skip
+    again = {
+        "ppo again": {"training": PPO, "load": str(where / "ppo.save"), "weights": str(where / "ppo.weights again")}
+    }
+    found |= {name: [r[name] for r in by_rank] for by_rank in [launch(1, again, where, "again")] for name in again}
+    return found
+
+
+def column(report: dict[str, Any], name: str) -> list[float]:
+    return [row[name] for row in report["steps"]]
+
+
+COMPARED = ("loss", "grad_norm", "approx_kl", "ratio_max", "clip_fraction")
+
+
+def same(one: dict[str, Any], other: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        assert column(other, name) == pytest.approx(column(one, name), abs=1e-5, rel=1e-4), name
+    assert other["weights"] == pytest.approx(one["weights"], abs=1e-3)
+
+
+def test_ranks_stages_and_budgets_do_not_change_ppo(reports: Reports) -> None:
+    """Losses of policy and critic, whitening over the round, the entropy bonus and importance weights included."""
+    names = (*COMPARED, "critic_loss", "critic_grad_norm", "explained_variance", "kl", "kl_beta", "step_entropy")
+    (one,) = reports["ppo"]
+    same(one, reports["ppo whole"][0], names)
+    for name in ("ppo2", "ppo3"):
+        for report in reports[name]:
+            same(one, report, names)
+    assert reports["ppo2"][0]["weights"] == reports["ppo2"][1]["weights"]
+
+
+def test_ranks_and_budgets_do_not_change_the_others(reports: Reports) -> None:
+    for report in reports["grpo2"]:
+        same(reports["grpo"][0], report, (*COMPARED, "kl_loss"))
+    same(reports["p3o"][0], reports["p3o split"][0], COMPARED)
+
+
+def test_policy_and_critic_resume_bitwise(reports: Reports, where: Path) -> None:
+    """Weights, optimizers, the adaptive coefficient and the reward's statistics go on as if nothing had happened."""
+    (straight,), (again,) = reports["ppo"], reports["ppo again"]
+    tail = straight["steps"][-len(again["steps"]) :]
+    assert 0 < len(tail) < len(straight["steps"])
+    for key in ("step", "loss", "critic_loss", "kl_beta", "grad_norm", "critic_learning_rate"):
+        assert column(again, key) == [row[key] for row in tail], key
+    assert again["state"] == straight["state"] and set(again["state"]) == {"kl_beta", "reward_mean", "reward_std"}
+    expected, found = torch.load(where / "ppo.weights"), torch.load(where / "ppo.weights again")
+    assert any(name.startswith("critic.") for name in expected)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_the_first_step_starts_at_a_ratio_of_one(reports: Reports) -> None:
+    """Old log-probabilities are the trainer's own, so nothing is clipped and the policy has not moved."""
+    for name in ("ppo", "grpo", "p3o", *OTHERS):
+        first = reports[name][0]["steps"][0]
+        assert first["ratio_max"] == pytest.approx(1.0, abs=1e-5), name
+        assert first["clip_fraction"] == 0.0 and first["approx_kl"] == pytest.approx(0.0, abs=1e-6)
+        assert first["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_what_is_left_out_is_counted(reports: Reports) -> None:
+    """One response has no score, the four of one prompt got the same; a mask is no loss, but a place in the count."""
+    assert reports["grpo"][0]["counts"] == {"unscored": 1, "single": 0, "equal_reward": 4, "masked": 0}
+    counts = reports["ppo"][0]["counts"]
+    assert counts["unscored"] == 1 and counts["masked"] > 0 and "equal_reward" not in counts
+    assert reports["remax"][0]["counts"] == {"unscored": 1, "no_greedy": 0, "masked": 0}
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "p3o", *OTHERS])
+def test_the_policy_comes_to_prefer_the_better_responses(reports: Reports, name: str) -> None:
+    assert reports[name][0]["gain"] > 0.05
+
+
+def test_the_critic_learns_first(reports: Reports) -> None:
+    """A warm-up round moves the critic and leaves the policy as it is."""
+    (report,) = reports["warm"]
+    warm = [row for row in report["steps"] if row["round"] == 0]
+    assert warm and all("policy_loss" not in row for row in warm)
+    after = next(row for row in report["steps"] if row["round"] == 1)
+    assert after["kl"] == pytest.approx(0.0, abs=1e-6) and after["explained_variance"] > 0.1
+    assert column(report, "step") == list(range(1, len(report["steps"]) + 1))
+    assert warm[0]["explained_variance"] == 0.0
+
+
+def test_a_critic_from_a_reward_model_says_what_it_says(tmp_path: Path, where: Path, reports: Reports) -> None:
+    """Its value in front of a token is the reward model's score of what stands before."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from align.distributed import connect
+    from align.training.engine import PolicyEngine
+    from tests.e2e.rl_job import recipe_for
+
+    judge = AutoModelForSequenceClassification.from_pretrained(where / "model", num_labels=1)
+    judge.save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(where / "model").save_pretrained(tmp_path / "judge")
+    training = {"algorithm": "ppo", "rl": {"critic": {"model": str(tmp_path / "judge")}}}
+    engine = PolicyEngine(where / "model", recipe_for(str(where / "model"), training, {}), connect(60), total_steps=2)
+    assert engine.critic is not None
+    prompt, response = (4, 7, 9), (5, 6, 8)
+    (values,) = engine.critic.values([(prompt, response)])
+    engine.close()
+    judge.config.pad_token_id = None
+    with torch.no_grad():
+        expected = [float(judge(torch.tensor([[*prompt, *response[:t]]])).logits[0, 0]) for t in range(len(response))]
+    assert values.tolist() == pytest.approx(expected, abs=1e-5)

@@ -68,6 +68,11 @@ def read_rows(
     return rows
 
 
+def iterate_rows(source: str, *, key: str) -> Iterator[Row]:
+    """The rows of a file one after the other, with all their columns; a file without rows gives none."""
+    yield from _file_rows(_existing_file(source, key), (), key)
+
+
 def text_of(row: Row, column: str, errors: RowErrors, *, integers: bool = False) -> str | None:
     """The text in a column, or None after the row's error was noted.
 
@@ -210,7 +215,7 @@ def _parquet_rows(path: Path, columns: tuple[str, ...], key: str) -> Iterator[Ro
         with pyarrow.parquet.ParquetFile(path) as file:
             _need_columns(path, columns, file.schema_arrow.names, key)
             number = 0
-            for batch in file.iter_batches(columns=list(columns)):
+            for batch in file.iter_batches(columns=list(columns) or None):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}:{number}", values)

@@ -16,6 +16,7 @@ Legend: N samples, P prompts, Z classes of prompts, K samples of a prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,23 @@ def best_samples(
     top = float(values.max())
     if top <= 0:
         return 0, 0.0
-    return int(np.argmax(values >= top - 1e-12)) + 1, top
+    best = int(np.argmax(values)) + 1
+    falls = np.flatnonzero(_signs(prompts, tpr, fpr, cost, per_sample, most)[best:] <= 0)  # past what a float can tell
+    return (best + int(falls[0]) if len(falls) else most), top
+
+
+def enough_samples(prompts: Difficulty, tpr: float, fpr: float, cost: float, share: float = 0.99) -> int:
+    """The fewest samples that bring `share` of the largest value; 0 where none is worth it."""
+    values = np.cumsum(gains(prompts, tpr, fpr, cost, 0.0, MOST_SAMPLES))
+    return int(np.argmax(values >= share * values.max())) + 1 if values.max() > 0 else 0
+
+
+def _signs(prompts: Difficulty, tpr: float, fpr: float, cost: float, per_sample: float, most: int) -> np.ndarray:
+    """[K]: `gains` times a positive factor each, so that its sign is known where the gain itself rounds to nothing."""
+    gain = prompts.success * tpr - cost * (1.0 - prompts.success) * fpr - per_sample
+    reject = rejection(prompts, tpr, fpr)
+    reach = (reject / max(float(reject.max()), 1e-300))[:, None] ** np.arange(most)
+    return (prompts.weight * gain) @ reach
 
 
 def precision(prompts: Difficulty, tpr: float, fpr: float, samples: int | None) -> float:
@@ -182,11 +199,12 @@ def plan_resampling(p_good: np.ndarray, prompts: np.ndarray, threshold: float = 
                           their limits
     `precision_once`      precision with one try
     `best`                for each `cost` of a bad response that is kept, in good ones: K* (`samples`), its `value` and
-                          `precision`, all at the cautious limits; `unlimited` where more is always better
+                          `precision`, all at the cautious limits; `enough` samples bring 99% of the value;
+                          `unlimited` where more is always better
     `odds`                good to bad at each try, at the cautious limits: stop where they fall below the cost
     """
     rates = estimate_rates(p_good, prompts, threshold)
-    if not (rates.tpr_low >= 0 and rates.fpr_high >= 0):  # NaN
+    if math.isnan(rates.tpr) or math.isnan(rates.fpr):
         return None
     classes = fit_difficulty(p_good, prompts)
     mean = float(classes.weight @ classes.success)
@@ -197,7 +215,14 @@ def plan_resampling(p_good: np.ndarray, prompts: np.ndarray, threshold: float = 
         count, worth = best_samples(classes, t, f, cost)
         found = precision(classes, t, f, count) if count else None
         best.append(
-            {"cost": cost, "samples": count, "value": worth, "precision": found, "unlimited": count == MOST_SAMPLES}
+            {
+                "cost": cost,
+                "samples": count,
+                "enough": enough_samples(classes, t, f, cost),
+                "value": worth,
+                "precision": found,
+                "unlimited": count == MOST_SAMPLES,
+            }
         )
     return {
         "threshold": threshold,
@@ -234,10 +259,9 @@ def render(found: Mapping[str, Any], source: str) -> list[str]:
 def _advice(row: Mapping[str, Any]) -> str:
     if not row["samples"]:
         return "do not keep what this ensemble accepts"
-    if row["unlimited"]:
-        return f"no best number within {MOST_SAMPLES}: sample as long as you can afford, {row['precision']:.1%} right"
-    tries = "1 sample" if row["samples"] == 1 else f"at most {row['samples']} samples"
-    return f"{tries}, worth {row['value']:.3f} a prompt, {row['precision']:.1%} right"
+    worth = f"worth {row['value']:.3f} a prompt, {row['precision']:.1%} right"
+    most = "no best number, more is always better" if row["unlimited"] else f"K* = {row['samples']}"
+    return f"{most}; {row['enough']} bring 99% of it; {worth}"
 
 
 def best_of(scores: Sequence[float], truth: Sequence[float]) -> list[float]:

@@ -199,8 +199,9 @@ def _reference(recipe: Recipe, policy: ModelShape, ranks: int) -> Part:
     where it is the policy with the adapter off."""
     training, b = recipe.training, DTYPE_BYTES[recipe.policy.dtype]
     share = ranks if training.zero_stage == 3 else 1
-    size = 0 if recipe.policy.lora is not None else policy.parameters * b // share
-    formula = f"P {policy.parameters:,} x {b}" + (f" / N {ranks}" if share > 1 else "")
+    copies = 1 if training.reference_sync is None else 2  # and TR-DPO's, which moves
+    size = 0 if recipe.policy.lora is not None else copies * policy.parameters * b // share
+    formula = f"P {policy.parameters:,} x {b}" + " x 2" * (copies - 1) + (f" / N {ranks}" if share > 1 else "")
     place = "host" if training.offload == "all" else "device"
     return Part("reference", place, size, formula, "policy.lora or training.zero_stage: 3")
 

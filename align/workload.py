@@ -128,6 +128,8 @@ def plan_disk(recipe: Recipe, policy: ModelShape, facts: PromptFacts, stages: tu
     state = 8 if effective_stage(training, recipe.policy.dtype) == 0 else 12
     kept = min(training.keep_checkpoints + 1, recipe.rounds.count)
     written = p if recipe.policy.lora is None else t  # frozen weights are not written again
+    if training.reference_sync is not None:
+        written += p
     stores = []
     if recipe.policy.from_scratch is not None:
         stores.append(Store("new model", p * 4, f"P {p:,} x 4", "policy.from_scratch"))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from align.errors import RunError
-from align.training import weights_view
+from align.training import moving_reference, weights_view
 
 if TYPE_CHECKING:
     from align.training.engine import PolicyEngine
@@ -32,6 +32,8 @@ def save(policy: PolicyEngine, directory: Path) -> None:
     )
     if policy.critic is not None:
         policy.critic.engine.save_checkpoint(str(directory), tag=CRITIC_TAG, save_latest=False)
+    if policy.moving_reference is not None:
+        moving_reference.save(policy.moving_reference, directory, keep=ranks.rank == 0)
     (directory / f"rng-{ranks.rank:05d}.json").write_text(json.dumps(_random_state()))
     if ranks.rank == 0:
         progress = {
@@ -65,6 +67,8 @@ def load(policy: PolicyEngine, directory: Path) -> None:
         if loaded is None:
             raise RunError(f"{directory}: DeepSpeed found no critic in it")
         policy.critic.step = progress["critic_step"]
+    if (directory / moving_reference.FILE).exists():
+        policy.load_moving_reference(directory)
     policy.version, policy.step = progress["version"], progress["step"]
     policy.trainer_state = progress["trainer_state"]
     _set_random_state(json.loads((directory / f"rng-{ranks.rank:05d}.json").read_text()))

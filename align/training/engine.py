@@ -3,7 +3,7 @@
 This file drives DeepSpeed and knows no preference loss; `align.training.preference` knows the loss and no DeepSpeed.
 
 Memory per rank beyond the sharded training state: the frozen initial model (in the policy's dtype, sharded under
-ZeRO-3, absent with LoRA, loaded when it is first asked for).
+ZeRO-3, absent with LoRA, loaded when it is first asked for), and once more with TR-DPO.
 
 Legend: N response tokens of a batch, K responses.
 """
@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from align.recipe import Recipe
-from align.training import checkpoint, freezing, model, weights_view
+from align.training import checkpoint, freezing, model, moving_reference, weights_view
 from align.training.deepspeed_config import reference_config
 from align.training.exact_kl import OtherHead
 from align.training.groups import PackedBatch
@@ -57,6 +57,7 @@ class PolicyEngine(ShardedModel):
         self.trainer_state: dict[str, Any] = {}  # what a trainer must remember over a restart; plain JSON
         training, policy = recipe.training, recipe.policy
         self._reference: Any = None
+        self.moving_reference: Any = None  # TR-DPO's, once it has left the initial policy
 
         from transformers import AutoTokenizer
 
@@ -122,11 +123,11 @@ class PolicyEngine(ShardedModel):
     def token_logprobs(
         self,
         sequences: Sequence[Sequence_],
-        reference: bool = False,
+        reference: bool | Literal["moving"] = False,
         entropy: bool = False,
         temperature: float = 1.0,
     ) -> TokenStats:
-        """Log-probabilities of each sequence's response under the policy, or under the initial policy.
+        """Log-probabilities of each sequence's response under the policy, the initial policy or TR-DPO's reference.
 
         The temperature divides the logits of either.  Sequences with the same prompt share its computation.
         Collective; each rank asks for its own sequences.
@@ -137,14 +138,19 @@ class PolicyEngine(ShardedModel):
         return TokenStats(found[0], found[1] if entropy else None)
 
     @contextmanager
-    def _evaluating(self, reference: bool) -> Iterator[Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]]:
-        """The policy, or the policy as it was before the first round, without gradients."""
+    def _evaluating(
+        self, reference: bool | Literal["moving"]
+    ) -> Iterator[Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]]:
+        """The policy, the policy as it was before the first round, or where that has moved to, without gradients."""
         if not reference:
             with model.frozen(self._wrapped):
                 yield self.engine
         elif self.peft is not None:
             with model.frozen(self._wrapped), self.peft.disable_adapter():
                 yield self.engine
+        elif reference == "moving" and self.moving_reference is not None:
+            with torch.no_grad():
+                yield self.moving_reference
         else:
             if self._reference is None:
                 self._reference = self._load_reference()
@@ -163,6 +169,17 @@ class PolicyEngine(ShardedModel):
         engine, *_ = deepspeed.initialize(model=network, config=config, dist_init_required=False)
         engine.eval()
         return engine
+
+    def move_reference(self, mix: float) -> None:
+        """Let TR-DPO's reference take a step of this size to the policy.  Collective."""
+        if self.moving_reference is None:
+            self.moving_reference = self._load_reference()
+        moving_reference.move(self.moving_reference, self._wrapped, mix)
+
+    def load_moving_reference(self, directory: Path) -> None:
+        """Where a checkpoint's reference has moved to.  Collective."""
+        self.moving_reference = self._load_reference()
+        moving_reference.load(self.moving_reference, directory)
 
     # ---- weights and checkpoints ------------------------------------------------------------------------------
 
@@ -187,11 +204,12 @@ class PolicyEngine(ShardedModel):
 
     def close(self) -> None:
         """Free what DeepSpeed holds.  The process group stays: it belongs to the process, and others use it."""
-        if hasattr(self._reference, "destroy"):
-            self._reference.destroy()
+        for network in (self._reference, self.moving_reference):
+            if hasattr(network, "destroy"):
+                network.destroy()
         if self.critic is not None:
             self.critic.close()
-        self._reference = None
+        self._reference = self.moving_reference = None
         super().close()
 
 

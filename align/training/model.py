@@ -61,14 +61,17 @@ class Head(nn.Module):
         return found.logprobs, found.entropies, found.squares, kl
 
 
-def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Makes ZeRO-3 parameters whole on every rank inside the block (collective); others are whole already."""
+def gathered(parameters: list[nn.Parameter], writer: int | None = None) -> AbstractContextManager[Any]:
+    """Makes ZeRO-3 parameters whole on every rank inside the block (collective); others are whole already.
+
+    What rank `writer` writes into them is kept.
+    """
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(sharded)
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer)
 
 
 def load_network(model_dir: Path, dtype: str, gradient_checkpointing: bool = False) -> Any:

@@ -9,7 +9,7 @@ Legend: N response tokens of a batch, K its responses, B pairs, M tokens of the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def pair_sums(
     pairs: Sequence[Pair],
     samples_by_id: Mapping[str, Sample],
     ld_alpha: float | None,
-    reference: bool,
+    reference: bool | Literal["moving"],
 ) -> PairSums:
     """Sums of every pair under the policy or the reference, on every rank; each rank computes a share.  Collective."""
     prompts = sorted({p.prompt_id for p in pairs})

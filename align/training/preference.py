@@ -68,6 +68,9 @@ def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: 
         for chosen in _steps(data.pairs, training.pairs_per_step, f"{recipe.seed}/{data.round}/{epoch}"):
             before = time.monotonic()
             row = train_step(engine, make_units(chosen, data.samples, training.tokens_per_batch), objective, recipe)
+            sync = training.reference_sync
+            if sync is not None and engine.step % sync.every_steps == 0:
+                engine.move_reference(sync.mix)
             row |= {"round": data.round, "epoch": epoch, "seconds": time.monotonic() - before}
             rows.append(row)
             on_step(row)
@@ -148,7 +151,7 @@ class PreferenceObjective(PlainObjective):
             self._arguments["shift"] = self._state.get("mean_reward", 0.0)
         pairs = [row.pair for unit in units for row in unit.rows]
         if self._live:
-            self._reference = pair_sums(engine, pairs, self._samples, self._settings.ld_alpha, reference=True)
+            self._reference = pair_sums(engine, pairs, self._samples, self._settings.ld_alpha, reference="moving")
         if self._facts.whole_step:
             sums = pair_sums(engine, pairs, self._samples, self._settings.ld_alpha, reference=False)
             self._slopes = self._differentiate(pairs, sums)

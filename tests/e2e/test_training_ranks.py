@@ -23,6 +23,7 @@ from tests.e2e.training_job import preferences
 
 ROOT = Path(__file__).parents[2]
 NLL = {"loss": {"nll_weight": 0.3}}
+MOVING = {"reference_sync": {"every_steps": 1, "mix": 0.5}}
 LORA = {"lora": {"r": 4, "dropout": 0.1}}
 
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -33,10 +34,12 @@ RESUMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # name: (ran
     "plain": (1, {}, {}),
     "bfloat16": (1, {"zero_stage": 2, "schedule": "cosine", "warmup_steps": 2}, {"dtype": "bfloat16"}),
     "offload": (1, {"zero_stage": 3, "offload": "all"}, {"lora": {"r": 4}}),
+    "moving": (1, MOVING, {}),
     "stage2": (2, {"zero_stage": 2}, {}),
     "stage3": (2, {"zero_stage": 3, "deepspeed": SHARDED}, {}),
     "half": (1, {"freeze": "half", "zero_stage": 2}, {"dtype": "bfloat16"}),
     "half3": (2, {"freeze": "half", "zero_stage": 3, "deepspeed": SHARDED}, {}),
+    "moving3": (2, {**MOVING, "zero_stage": 3, "deepspeed": SHARDED}, {}),
     "lora2": (2, {"zero_stage": 2}, LORA),
     "lora3": (2, {"zero_stage": 3, "gradient_checkpointing": True, "deepspeed": SHARDED}, {"lora": {"r": 4}}),
 }
@@ -170,6 +173,14 @@ def test_saved_and_resumed_equals_uninterrupted_bitwise(reports: Reports, where:
     expected, found = torch.load(where / f"{name}.weights"), torch.load(where / f"{name}.weights again")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_reference_that_moves_is_the_same_on_any_ranks_and_keeps_the_loss_up(reports: Reports) -> None:
+    """The first step is before the first move; afterwards the policy is never far from its reference."""
+    (plain,), (one,), two = reports["plain"], reports["moving"], reports["moving3"][0]
+    assert column(two, "loss") == pytest.approx(column(one, "loss"), abs=1e-4, rel=1e-4)
+    assert column(one, "loss")[0] == column(plain, "loss")[0]
+    assert column(one, "loss")[-1] > column(plain, "loss")[-1] + 0.01
 
 
 @pytest.mark.parametrize("name", RESUMED)

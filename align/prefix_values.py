@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align.builders.partial import partly_correct
 from align.builders.per_step import NO_CORRECT, Candidates, per_step
-from align.builders.steps import Prefix, Stepped, cut
+from align.builders.steps import Prefix, Stepped, cut, first_step
 from align.builders.tree import Place, expand, records, select, tree_pairs
 from align.builders.values import Drawn, Valued, tokens_at_most, value_prefixes, wrong_responses
 from align.errors import InputError, RunError
+from align.faults import reach
 from align.pairs import PairReport, keep_pairs
 from align.progress import track
 from align.recipe_steps import SETTING_OF, Steps
@@ -135,6 +136,7 @@ def _in_shards(run: Run, round_index: int, jobs: Sequence[Any], work: Work) -> N
     for stage in stages:
         if not store.stage_done(round_index, stage):
             store.commit_stage(round_index, stage, len(shards))
+    reach("pair.rollouts.after")
 
 
 def _say_cost(run: Run, round_index: int, what: str, draws: int, tokens: int) -> None:
@@ -219,11 +221,14 @@ def _decoder(run: Run) -> Callable[[list[int]], str]:
 def _pair_steps(run: Run, round_index: int) -> tuple[PairReport, list[Sample]]:
     questions, counts = _questions(run, round_index)
     samples = {s.id: s for s in run.read(round_index, "samples")}
-    best = {s.prompt_id: s for s in run.read(round_index, "rollouts")}
+    settings, best = run.recipe.pairs.steps, {s.prompt_id: s for s in run.read(round_index, "rollouts")}
+    if settings.against == "step":
+        decode = _decoder(run)
+        best = {place: first_step(s, settings, decode) for place, s in best.items()}
     valued = Valued({v.id: v for v in run.read(round_index, "prefix_values")}, best)
     out = Candidates()
     for question in questions:
-        per_step(question.wrong, question.correct, samples, valued, run.recipe.pairs.steps, out)
+        per_step(question.wrong, question.correct, samples, valued, settings, out)
     return _report(run, round_index, out, counts)
 
 

@@ -59,6 +59,8 @@ class Steps(Block):
     """The bad step: the first of the lowest value, or the one that loses most value."""
     shared_prefix: bool = False
     """Put the steps before the bad one into the prompt: a good continuation against the bad step alone."""
+    against: Literal["continuation", "step"] = "continuation"
+    """What stands against the bad step with `shared_prefix`: the good continuation to its end, or its first step."""
     prune: bool = True
     """Value prefixes one after another and stop behind the first that never succeeds."""
     state: str | None = None
@@ -89,8 +91,8 @@ SETTING_OF = {"separator": "separator", "pattern": "pattern", "tokens": "tokens_
 _ROLLED = ("judge", "prompts_per_shard", "max_tokens")
 READS: dict[str, tuple[str, ...]] = {
     "per_step": (
-        "rule", "max_steps", "wrong_per_prompt", "good", "rollouts", "best_of", "mode", "shared_prefix", "prune",
-        *_ROLLED,
+        "rule", "max_steps", "wrong_per_prompt", "good", "rollouts", "best_of", "mode", "shared_prefix", "against",
+        "prune", *_ROLLED,
     ),
     "partial": ("rule", "max_steps", "wrong_per_prompt", "good", "judge", "state"),
     "tree": ("rule", "tree", *_ROLLED),
@@ -109,6 +111,8 @@ def step_faults(builder: str, steps: Steps, outputs: Mapping[str, str]) -> list[
     read = (*READS[builder], SETTING_OF[steps.rule])
     how = f"{builder} with rule {steps.rule}"
     wrong = [f"pairs.steps.{key}: {how} does not read it; take it out" for key in steps.changed() if key not in read]
+    if builder == "per_step" and not steps.shared_prefix and "against" in steps.changed():
+        wrong.append("pairs.steps.against: needs shared_prefix: true")
     if steps.judge is not None and outputs.get(steps.judge) != "binary":
         binary = ", ".join(name for name, output in outputs.items() if output == "binary") or "none here"
         wrong.append(f"pairs.steps.judge: {steps.judge!r} is no binary verifier of this recipe; there are: {binary}")

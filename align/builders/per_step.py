@@ -7,8 +7,9 @@ step is the one with the lowest advantage.  The pair is
     shared prefix, x + y_1..c-1:  its best continuation     against  the bad step y_c alone.
 
 Given pairs that share the prefix and are chosen by advantage, DPO on them is advantage-weighted reinforcement learning
-(Setlur et al., arXiv 2406.14532).  With a handful of pairs the shared-prefix form learns less than the plain one,
-because each pair says less; with more, it leaves the steps that do not matter alone.
+(Setlur et al., arXiv 2406.14532).  The shared-prefix form leaves the steps that do not matter alone.  Where only the
+first step of the continuation is set against the bad one, a handful of pairs teaches less than whole responses do,
+because each pair says less.
 
 Legend: S steps.
 """
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from align.builders.steps import Stepped, part
-from align.builders.values import Valued, first_step
+from align.builders.values import Valued, begin_at
 from align.recipe_steps import Steps
 from align.records import PrefixValue, Sample, Score
 
@@ -91,7 +92,7 @@ def worst_advantage(values: Sequence[float]) -> int:
 
 def bad_step(response: Stepped, values: Mapping[str, PrefixValue], settings: Steps) -> int | str:
     """The bad step, counted from 1, or why the response has none."""
-    begin = first_step(settings)
+    begin = begin_at(settings)
     found = step_values(response, values, begin)
     if found is None:
         return UNJUDGED

@@ -103,7 +103,8 @@ def step_ends(pieces: Sequence[str], rule: Steps) -> tuple[int, ...]:
         for found in re.finditer(pattern, "".join(pieces)):
             while token < count and text_ends[token] < found.end():
                 token += 1
-            ends.append(token + 1)
+            if found.end():
+                ends.append(token + 1)
     whole = next((i for i in range(count, 0, -1) if pieces[i - 1]), count)  # behind the last token that has text
     inner = [end for end in dict.fromkeys(ends) if 0 < end < whole]
     return (*inner[: rule.max_steps - 1], count)
@@ -115,6 +116,12 @@ def cut(sample: Sample, rule: Steps, decode: Callable[[list[int]], str]) -> Step
     ends = step_ends(pieces, rule)
     texts = tuple("".join(pieces[a:b]) for a, b in zip((0, *ends), ends, strict=False))
     return Stepped(sample, texts, ends)
+
+
+def first_step(sample: Sample, rule: Steps, decode: Callable[[list[int]], str]) -> Sample:
+    """The response's first step as a sample of its own."""
+    stepped = cut(sample, rule, decode)
+    return part(sample, 0, stepped.ends[0], stepped.pieces[0])
 
 
 def part(sample: Sample, begin: int, end: int, text: str) -> Sample:

@@ -10,7 +10,7 @@ apart what can still be saved from what cannot.  Setlur et al., arXiv 2406.14532
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from align.builders.steps import Prefix, Stepped
@@ -41,15 +41,22 @@ class Valued:
     best: dict[str, Sample]
 
 
-def first_step(settings: Steps) -> int:
+def begin_at(settings: Steps) -> int:
     """The shortest prefix that is valued: the prompt alone only where a pair could need it."""
     return 0 if settings.mode == "advantage" or settings.shared_prefix else 1
 
 
 def prefixes_of(responses: Sequence[Stepped], settings: Steps) -> dict[str, Prefix]:
     """Every prefix to be valued, each once.  The whole response is not among them: its own verdict says it all."""
-    wanted = [r.prefix(i) for r in responses for i in range(first_step(settings), len(r.ends))]
-    return {prefix.id: prefix for prefix in reversed(wanted)}
+    return _each_once([r.prefix(i) for r in responses for i in range(begin_at(settings), len(r.ends))])
+
+
+def _each_once(prefixes: Iterable[Prefix]) -> dict[str, Prefix]:
+    """By name; of several, the first stands."""
+    found: dict[str, Prefix] = {}
+    for prefix in prefixes:
+        found.setdefault(prefix.id, prefix)
+    return found
 
 
 def tokens_at_most(responses: Sequence[Stepped], settings: Steps) -> tuple[int, int]:
@@ -70,11 +77,9 @@ def value_prefixes(responses: Sequence[Stepped], draw: Draw, settings: Steps) ->
         _value(list(prefixes_of(responses, settings).values()), draw, settings, found)
         return found
     alive = list(responses)
-    step = first_step(settings)
+    step = begin_at(settings)
     while alive:
-        waiting = {p.id: p for p in reversed([r.prefix(step) for r in alive]) if p.id not in found.values}
-        if waiting:
-            _value(list(waiting.values()), draw, settings, found)
+        _value(list(_each_once(r.prefix(step) for r in alive).values()), draw, settings, found)
         step += 1
         alive = [r for r in alive if step < len(r.ends) and _goes_on(found.values[r.prefix(step - 1).id])]
     return found

@@ -51,8 +51,13 @@ def plan(
     ranks: RankCount = None,
     gpu_gib: GpuMemory = None,
     host_gib: HostMemory = 1024.0,
+    rates: Annotated[
+        str | None, typer.Option("--rates", help="report.json of `align verify`: when would sampling again pay?")
+    ] = None,
 ) -> None:
     """Print stages, steps, memory and disk without loading a model; refuse what cannot fit."""
+    from pathlib import Path
+
     from align.launcher import apply_environment, check_rank_count, rank_environment
     from align.progress import clean
     from align.recipe_file import load_recipe
@@ -65,7 +70,10 @@ def plan(
     from align.plan import make_plan, render
 
     machine = None if gpu_gib is None else imagined(count, gpu_gib, host_gib)
-    print(clean(render(make_plan(loaded, count, machine=machine))))
+    from align.verifying.rates import resampling_lines
+
+    known = resampling_lines(loaded, None if rates is None else Path(rates))
+    print(clean("\n".join([render(make_plan(loaded, count, machine=machine)), *(["", *known] if known else [])])))
 
 
 @app.command()

@@ -249,8 +249,8 @@ def render(found: Mapping[str, Any], source: str) -> list[str]:
         f"  right among those kept: {found['precision_once']:.1%} with one try; however many tries, at most "
         f"{found['ceiling']:.1%} ({found['ceiling_cautious']:.1%} at the cautious rates)",
     ]
-    for row in found["best"]:
-        lines.append(f"  a bad response kept costs {row['cost']:g} good ones: {_advice(row)}")
+    lines.append("  best number of tries K*, by what a bad response kept costs in good ones:")
+    lines += [f"    cost {row['cost']:g}: {_advice(row)}" for row in found["best"]]
     odds = ", ".join("no bad" if value is None or value > 1e6 else f"{value:.3g}" for value in found["odds"])
     lines.append(f"  odds good to bad at try 1, 2, …: {odds}; stop where they fall below the cost")
     return lines
@@ -258,10 +258,9 @@ def render(found: Mapping[str, Any], source: str) -> list[str]:
 
 def _advice(row: Mapping[str, Any]) -> str:
     if not row["samples"]:
-        return "do not keep what this ensemble accepts"
-    worth = f"worth {row['value']:.3f} a prompt, {row['precision']:.1%} right"
-    most = "no best number, more is always better" if row["unlimited"] else f"K* = {row['samples']}"
-    return f"{most}; {row['enough']} bring 99% of it; {worth}"
+        return "none, what this ensemble accepts is not worth keeping"
+    best = "no end, more is always better" if row["unlimited"] else f"{row['samples']}"
+    return f"{best}; {row['enough']} bring 99% of {row['value']:.3f} a prompt, {row['precision']:.1%} right"
 
 
 def best_of(scores: Sequence[float], truth: Sequence[float]) -> list[float]:

@@ -23,6 +23,7 @@ from align.progress import track
 from align.recipe import Recipe
 from align.recipe_rl import greedy_per_prompt
 from align.records import Prompt, Sample, Verdict
+from align.resampling import plan_resampling
 from align.verifiers.base import Item
 from align.verifiers.runner import count_reasons
 
@@ -176,6 +177,7 @@ def _combine(run: Run, round_index: int) -> None:
             "counts": counts,
             "verifiers": run.verifier_rows(combined.estimates, verdicts),
             "on_gold": None if gold is None else ensemble_report(table, combined, gold),
+            "resampling": plan_resampling(combined.p_good, table.prompts),
         },
     )
     for warning in combined.warnings:

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from align import resampling
 from align.evaluation.overoptimisation import proxy_gold_gap
 from align.progress import say
 from align.recipe import Recipe
@@ -134,6 +135,11 @@ def render_report(summary: Mapping[str, Any], root: Path) -> None:
     for warning in (summary["overoptimisation"] or {}).get("warnings", ()):
         say(f"warning: {warning}")
     _render_ensemble([e["on_gold"] for e in summary["ensemble"] if e and e.get("on_gold")])
+    known = [(i, e["resampling"]) for i, e in enumerate(summary["ensemble"]) if e and e.get("resampling")]
+    if known:
+        say("")
+        for line in resampling.render(known[-1][1], f"rates estimated in round {known[-1][0]}"):
+            say(line)
     say("")
     total = summary["seconds"]["total"]
     parts = sorted(((s, k) for k, s in summary["seconds"].items() if k != "total"), reverse=True)

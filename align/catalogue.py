@@ -138,11 +138,11 @@ _PREFERENCE: tuple[LossFacts, ...] = (
     ),
     LossFacts(
         "weighted", "preference", f"{_PAIRS}.pairwise:weighted", options=_MARGIN,
-        formula="-(2p-1) log σ(z)", paper="align", needs="pairs.labels: soft",
+        formula="-(2p-1) log σ(z)", paper="-", needs="soft labels; with hard ones it is dpo",
     ),
     LossFacts(
         "gdpo", "preference", f"{_PAIRS}.pairwise:gdpo", options=_MARGIN,
-        formula="-log σ((2p-1) z)", paper="2409.06691", needs="pairs.labels: soft",
+        formula="-log σ((2p-1) z)", paper="2409.06691", needs="soft labels; with hard ones it is dpo",
     ),
     LossFacts(
         "dr_dpo", "preference", f"{_PAIRS}.whole_step:dr_dpo", options=(*_ANY_PAIR, "dr_temperature"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from align.catalogue import LOSSES
+from align.catalogue_table import written_into
 from align.recipe_file import load_recipe
 from align.verifiers.spec import VerifierSpec
 
@@ -30,6 +32,15 @@ def test_every_kind_of_verifier_is_in_its_table() -> None:
     specs = VerifierSpec.__args__[0].__args__
     kinds = {kind for spec in specs for kind in spec.model_fields["kind"].annotation.__args__}
     assert set(re.findall(r"^\| `(\w+)` \| (?:yes/no|score) \|", TEXT, re.MULTILINE)) == kinds
+
+
+def test_its_losses_are_those_of_the_catalogue() -> None:
+    """Mend it with `python -m align.catalogue_table README.md`."""
+    assert written_into(TEXT) == TEXT
+    table = TEXT.split("## Losses")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == sorted(
+        LOSSES, key=lambda name: table.index(f"| `{name}` |")
+    )
 
 
 def test_every_verb_is_in_its_table() -> None:

@@ -153,6 +153,12 @@ def policy_gradient_faults(recipe: Recipe) -> list[str]:
             f"policy.lora: {name} trains a critic with all its weights beside the policy; take the adapter out, or "
             "choose an algorithm without a critic (grpo, rloo, reinforce_pp, remax)"
         )
+    if training.reference == "none" and rl.kl.place != "none":
+        wrong.append(
+            f"training.reference: the KL of {name} needs one; use initial or round, or training.rl.kl.place: none"
+        )
+    if training.reference_sync is not None:
+        wrong.append(f"training.reference_sync: {name} looks at the reference once a round; use reference: round")
     if rl.critic.revision is not None and rl.critic.model is None:
         wrong.append("training.rl.critic.revision: belongs to training.rl.critic.model, which is not given")
     if rl.critic.warmup_rounds >= recipe.rounds.count and rl.critic.warmup_rounds:
@@ -205,6 +211,8 @@ def _reward_faults(recipe: Recipe) -> list[str]:
         wrong += [f"training.reward.{key}: {name} compares responses by P(good); take it out" for key in odd]
         if reward.truncated in ("penalty", "zero"):
             wrong.append(f"training.reward.truncated: {name} has no reward to replace; use keep or mask")
+    if recipe.ensemble.min_voters > len(recipe.verifiers):
+        wrong.append(f"ensemble.min_voters: {name} has no reward where no response can have that many verdicts")
     if all(v.kind == "noise" for v in recipe.verifiers):
         wrong.append(f"verifiers: {name} maximises what they say, and noise says nothing; name one that looks")
     return wrong

@@ -241,7 +241,9 @@ class Theirs:
         filler = Dataset.from_list([{"prompt": "w2 w3", "chosen": " w4", "rejected": " w5"}] * 2)
         shared = {"train_dataset": filler, "processing_class": AutoTokenizer.from_pretrained(policy)}
         self._trainers: dict[str, Any] = {
-            "dpo": DPOTrainer(load(policy), ref_model=load(reference), args=DPOConfig(**common, use_weighting=True), **shared),
+            "dpo": DPOTrainer(
+                load(policy), ref_model=load(reference), args=DPOConfig(**common, use_weighting=True), **shared
+            ),
             "cpo": CPOTrainer(load(policy), args=CPOConfig(**common, loss_type="simpo"), **shared),
             "orpo": ORPOTrainer(load(policy), args=ORPOConfig(**common), **shared),
         }
@@ -301,6 +303,7 @@ def compare() -> list[dict[str, Any]]:
         ours, theirs = Ours(reference, policy), Theirs(reference, policy, Path(scratch))
         for case in (*dpo_cases(), *reference_free_cases()):
             row: dict[str, Any] = {"case": case.name, "trainer": case.trainer, "loss": 0.0, "gradient": 0.0}
+            row["loss_type"] = case.theirs.get("loss_type", case.theirs.get("loss_types", [""])[0])
             for seed in range(BATCHES):
                 pairs, samples = make_data(seed, case.one_token_prompts)
                 (a, a_slope), (b, b_slope) = ours(case, pairs, samples), theirs(case, words_of(pairs, samples))

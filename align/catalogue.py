@@ -236,6 +236,10 @@ _SUPERVISED: tuple[LossFacts, ...] = (
         formula="-min(exp((R-V)/β), cap) log π, V the mean R of the prompt", paper="1910.00177",
     ),
     LossFacts(
+        "mml", "supervised", f"{_OWN}:mml", reference=False,
+        formula="-(1/β) log Σ π(y)^β over a prompt's good responses", paper="2205.14318",
+    ),
+    LossFacts(
         "quark", "supervised", f"{_OWN}:quark", soft=False,
         formula="-log π + λ KL(π ‖ π_0) on the best quantile", paper="2205.13636",
     ),

@@ -16,6 +16,7 @@ import yaml
 
 from align.progress import clean
 from align.recipe import Recipe
+from align.recipe_supervised import CONDITIONED
 
 LEFT_OUT = "(left out)"
 PATH_KEYS = frozenset({"model", "file", "negative_file", "source", "output_dir"})
@@ -39,7 +40,7 @@ def model_card(recipe: Recipe, *, summary: Mapping[str, Any], data: Mapping[str,
         f"# {escape(recipe.name)}",
         _introduction(recipe, summary),
         "## Use",
-        _use(),
+        _use(recipe),
         "## Evaluation",
         _evaluation(recipe, summary.get("evaluation", {})),
         "## Supervision",
@@ -145,8 +146,12 @@ def _loss(recipe: Recipe) -> str:
     return f" ({escape(', '.join([*name, *told]))})" if name or told else ""
 
 
-def _use() -> str:
-    return (
+def _use(recipe: Recipe) -> str:
+    behind = ""
+    if recipe.training.loss_facts.name in CONDITIONED:
+        text = escape(recipe.training.supervised.control[-1])
+        behind = f"Put `{text}` in front of every prompt: the figures below were measured behind it.\n\n"
+    return behind + (
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'directory = "path/to/this/directory"\n'

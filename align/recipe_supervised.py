@@ -25,6 +25,7 @@ READS: dict[str, tuple[str, ...]] = {
     "unlikelihood_sft": (*_THRESHOLD, "unlikelihood_weight"),
     "rwr": ("score", "weight_cap"),
     "awr": ("score", "weight_cap"),
+    "mml": (*_THRESHOLD, "mml_beta"),
     "quark": ("quantiles", "quantiles_over", "kl_weight"),
 }
 """The fields of `training.supervised` that each loss reads."""
@@ -75,6 +76,8 @@ class Supervised(Block):
     """Quark: parts of about equal size that the responses are cut into by reward; the best is learned."""
     quantiles_over: Literal["round", "prompt"] = "round"
     """Cut all responses of a round together, or each prompt's by themselves."""
+    mml_beta: Positive = 1.0
+    """MML: 1 is the marginal likelihood; the larger, the more only the likeliest good response counts."""
     kl_weight: NonNegative = 0.05
     """Quark: factor on the exact KL from the initial policy, per token."""
 

@@ -1,8 +1,8 @@
 """One round of supervised training on the policy's own responses: which of them, behind what text, with what weight.
 
 The loss of a step is the mean over its response tokens (`poft`: over its responses, `rlhf_sharpening`: over the pairs
-of each prompt's responses), counted over all ranks and micro-batches.  A step takes whole prompts until it holds
-`responses_per_step` responses that are learned from.
+of each prompt's responses, `mml`: over its prompts), counted over all ranks and micro-batches.  A step takes whole
+prompts until it holds `responses_per_step` responses that are learned from.
 
 Legend: N response tokens of a micro-batch, K responses, B pairs.
 """
@@ -35,7 +35,7 @@ from align.training.targets import Groups, Target
 from align.training.thoughts import Masking, masking_of
 from align.training.trainers import OnStep, RoundData
 
-IMITATED = ("best_of_n", "filter", "sharpening", "rlhf_sharpening", "poft", "masked_thought", "quark")
+IMITATED = ("best_of_n", "filter", "sharpening", "rlhf_sharpening", "poft", "masked_thought", "mml", "quark")
 """Losses to which every response is an example, so that one that was cut is left out."""
 
 
@@ -69,8 +69,10 @@ def select(engine: PolicyEngine, data: RoundData, recipe: Recipe, counts: Counte
     groups = targets.long_enough(groups, settings.min_tokens if name in SELF_REWARDED else 1, counts)
     if name in IMITATED:
         groups = targets.finished(groups, counts)
-    if name in ("filter", "poft", "masked_thought"):
+    if name in ("filter", "poft", "masked_thought", "mml"):
         groups = targets.above_threshold(groups, counts)
+    if name == "mml":
+        return targets.different(groups, counts)
     if name == "best_of_n":
         return targets.best(groups, settings.best, settings.best_fraction, counts)
     if name == "quark":
@@ -167,10 +169,11 @@ class _Objective(PlainObjective):
         own = {
             "unlikelihood_weight": settings.unlikelihood_weight,
             "weight_cap": settings.weight_cap,
+            "mml_beta": settings.mml_beta,
             "kl_weight": settings.kl_weight,
         }
         self._arguments = {**{k: v for k, v in own.items() if k in named}, **facts.arguments(recipe.training.loss)}
-        self._responses = self._tokens = self._pairs = 0  # of the whole step
+        self._prompts = self._responses = self._tokens = self._pairs = 0  # of the whole step
 
     def begin(self, seed: str) -> None:
         """A step of this epoch begins."""
@@ -185,6 +188,7 @@ class _Objective(PlainObjective):
     def before_step(self, engine: PolicyEngine, shares: Sequence[Sequence[Unit[Target]]]) -> None:
         """Count what the step's loss is divided by."""
         units = [unit for share in shares for unit in share]
+        self._prompts = len(units)
         self._responses = sum(len(u.rows) for u in units)
         self._tokens = sum(len(r) for u in units for r in u.group.responses)
         self._pairs = sum(len(u.rows) * (len(u.rows) - 1) // 2 for u in units)
@@ -267,12 +271,38 @@ class ResponseObjective(_Objective):
         return self._part(losses.sum() / self._responses, losses, rows, found)
 
 
-class PairObjective(_Objective):
-    """RLHF-sharpening: a loss of every two responses of a prompt."""
+class _WholePrompts(_Objective):
+    """A loss that couples the responses of a prompt, so that they stay together."""
 
     def units(self, members: Sequence[Sequence[Target]], token_budget: int) -> list[Unit[Target]]:
-        """A prompt's responses are compared with each other, so they stay together."""
+        """One unit a prompt, whatever its size."""
         return [unit for rows in members for unit in whole_unit(rows, lambda t: t.sample)]
+
+    @staticmethod
+    def _places(batch: PackedBatch) -> list[list[int]]:
+        """The places of each prompt's responses among the batch's K."""
+        of_unit: dict[int, list[int]] = {}
+        for k, (unit, _) in enumerate(batch.members):
+            of_unit.setdefault(unit, []).append(k)
+        return list(of_unit.values())
+
+
+class PromptObjective(_WholePrompts):
+    """MML: a loss of all good responses of a prompt together."""
+
+    def part(self, batch: PackedBatch, units: Sequence[Unit[Target]], found: TokenLogProbs) -> Part:
+        """The micro-batch's share."""
+        rows, totals, places = rows_of(batch, units), response_totals(batch, found), self._places(batch)
+        most = max(map(len, places))
+        index = torch.tensor([[*ks, *ks[:1] * (most - len(ks))] for ks in places], device=totals.device)
+        counted = torch.tensor([[i < len(ks) for i in range(most)] for ks in places], device=totals.device)
+        losses = self._loss(totals[index], counted, **self._arguments)
+        part = self._part(losses.sum() / self._prompts, losses, rows, found)
+        return replace(part, names=[rows[ks[0]].sample.prompt_id for ks in places])
+
+
+class PairObjective(_WholePrompts):
+    """RLHF-sharpening: a loss of every two responses of a prompt."""
 
     def part(self, batch: PackedBatch, units: Sequence[Unit[Target]], found: TokenLogProbs) -> Part:
         """The micro-batch's share."""
@@ -283,10 +313,7 @@ class PairObjective(_Objective):
 
         ratio = totals - column([t.base for t in rows])
         own = column([t.self_reward for t in rows])
-        of_unit: dict[int, list[int]] = {}
-        for k, (unit, _) in enumerate(batch.members):
-            of_unit.setdefault(unit, []).append(k)
-        pairs = torch.tensor([p for ks in of_unit.values() for p in combinations(ks, 2)], device=totals.device).t()
+        pairs = torch.tensor([p for ks in self._places(batch) for p in combinations(ks, 2)], device=totals.device).t()
         losses = self._loss(ratio[pairs[0]] - ratio[pairs[1]], own[pairs[0]] - own[pairs[1]], **self._arguments)
         found_part = self._part(losses.sum() / self._pairs, losses, rows, found)
         names = [f"{rows[a].sample.id}/{rows[b].sample.id}" for a, b in pairs.t().tolist()]
@@ -300,4 +327,6 @@ def objective_for(engine: PolicyEngine, recipe: Recipe, round_index: int) -> Any
         return ResponseObjective(recipe)
     if name == "rlhf_sharpening":
         return PairObjective(recipe)
+    if name == "mml":
+        return PromptObjective(recipe)
     return TokenObjective(recipe, masking_of(recipe, engine.tokenizer) if name == "masked_thought" else None)

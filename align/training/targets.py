@@ -96,6 +96,16 @@ def with_base(groups: Groups, sums: Mapping[str, float], per_token: bool) -> Gro
     return {prompt: [told(t) for t in members] for prompt, members in groups.items()}
 
 
+def different(groups: Groups, counts: Counter[str]) -> Groups:
+    """Without responses that the same prompt already has, token for token."""
+    first: dict[tuple[str, tuple[int, ...]], str] = {}
+    for prompt, members in groups.items():
+        for target in members:
+            first.setdefault((prompt, target.sample.response_ids), target.sample.id)
+    kept = set(first.values())
+    return keep(groups, lambda t: t.sample.id in kept, "the same as another", counts)
+
+
 def best(groups: Groups, count: int, fraction: float | None, counts: Counter[str]) -> Groups:
     """The responses of each prompt with the highest reward; ties go by sample id, which is a hash."""
     chosen: set[str] = set()

@@ -135,6 +135,31 @@ def test_rlhf_sharpening_by_hand() -> None:
     assert found.item() == pytest.approx(0.25)
 
 
+# ---- marginal likelihood --------------------------------------------------------------------------------------------
+
+TOTALS = torch.tensor([[-1.0, -2.0, -4.0], [-3.0, 0.0, 0.0]], dtype=torch.float64)
+COUNTED = torch.tensor([[True, True, True], [True, False, False]])
+
+
+def test_mml_by_hand_is_below_the_least_cross_entropy() -> None:
+    """-ln(e^-1 + e^-2 + e^-4) <= min(1, 2, 4), and one response alone costs its own cross-entropy for every β."""
+    found = losses.mml(TOTALS, COUNTED, 1.0)
+    assert found[0].item() == pytest.approx(-math.log(math.exp(-1) + math.exp(-2) + math.exp(-4)))
+    assert found[0].item() < 1.0
+    for beta in (0.1, 1.0, 30.0):
+        assert losses.mml(TOTALS, COUNTED, beta)[1].item() == pytest.approx(3.0)
+
+
+def test_mml_goes_from_the_mean_to_the_best_with_beta() -> None:
+    """The gradient is softmax(β log π): equal shares at β near 0, the likeliest alone at large β."""
+    for beta, shares in ((1e-6, [1 / 3] * 3), (50.0, [1.0, 0.0, 0.0])):
+        totals = TOTALS.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(losses.mml(totals, COUNTED, beta).sum(), totals)
+        assert slope[0].tolist() == pytest.approx([-s for s in shares], abs=1e-5)
+        assert slope[1].tolist() == [-1.0, 0.0, 0.0]
+    assert losses.mml(TOTALS, COUNTED, 1e3)[0].item() == pytest.approx(1.0, abs=1e-3)
+
+
 # ---- Quark and the exact KL -----------------------------------------------------------------------------------------
 
 

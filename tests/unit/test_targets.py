@@ -105,6 +105,13 @@ def test_cut_and_short_responses_are_left_out_and_counted() -> None:
     assert counts.total() == 2 and len(counts) == 2
 
 
+def test_a_response_that_the_prompt_already_has_counts_once() -> None:
+    given, counts = groups({"a": [0.5] * 3, "b": [0.5]}), Counter()
+    given["a"][1] = replace(given["a"][1], sample=replace(given["a"][1].sample, response_ids=(8, 1)))
+    assert ids(targets.different(given, counts)) == ["a0", "a1", "b0"]
+    assert counts.total() == 1
+
+
 def test_self_reward_per_token_does_not_favour_the_short_response() -> None:
     short = Target(replace(BLANK, id="short", response_ids=(1, 1)))
     long = Target(replace(BLANK, id="long", response_ids=(1,) * 6))

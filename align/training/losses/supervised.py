@@ -1,9 +1,10 @@
 """Supervised losses on the policy's own responses: imitate the good ones, each in its own way.
 
 The losses of tokens take `TokenBatch` and named numbers and return one value per token; `poft` returns one per
-response and `rlhf_sharpening` one per pair.  What is averaged over, and over which responses, is the trainer's.
+response, `rlhf_sharpening` one per pair and `mml` one per prompt.  What is averaged over, and over which responses,
+is the trainer's.
 
-Legend: N response tokens, K responses, B pairs.
+Legend: N response tokens, K responses, B pairs, P prompts, G most responses of a prompt.
 """
 
 from __future__ import annotations
@@ -111,3 +112,13 @@ def rlhf_sharpening(ratio_margin: Tensor, self_reward_margin: Tensor, beta: floa
     With s = log π_base it is 0 exactly at π ∝ π_base^(1 + 1/β).
     """
     return (beta * ratio_margin - self_reward_margin).square()
+
+
+def mml(totals: Tensor, counted: Tensor, mml_beta: float) -> Tensor:
+    """[P] maximum marginal likelihood: -(1/β) log Σ exp(β log π(y)) over a prompt's good responses (arXiv 2205.14318).
+
+    totals [P, G] are summed log-probabilities; counted [P, G] says which places hold a response, at least one in each
+    row.  β = 1 is the marginal likelihood; towards 0 the gradient is that of the mean of -log π, and with growing β
+    only the likeliest counts.
+    """
+    return -torch.logsumexp((mml_beta * totals).masked_fill(~counted, -math.inf), dim=1) / mml_beta

@@ -1,0 +1,123 @@
+"""A rank of the tests of groups and wrong answers: `python scored_job.py LAUNCH.json`, {"out": path, "jobs": {…}}.
+
+Job keys: model, training (recipe block), rounds (train until this version), save (checkpoint after the first round),
+load (go on from one), weights (write them), poison (a token id whose embedding becomes NaN).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.distributed import Ranks, close, connect
+from align.errors import AlignError
+from align.recipe import Recipe
+from align.records import Sample, Score, content_id
+from align.training.engine import PolicyEngine
+from align.training.trainers import RoundData, train_round
+
+RESPONSES = 4
+
+
+def recipe_for(model: str, training: dict[str, Any]) -> Recipe:
+    """A recipe around a model directory; what does not concern training is filler."""
+    base = {"learning_rate": 1e-2, "responses_per_step": 16, "tokens_per_batch": 96, "logit_chunk_tokens": 16}
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "policy": {"model": model, "dtype": "float32"},
+            "sampling": {"samples_per_prompt": RESPONSES, "max_new_tokens": 12, "temperature": 0.8},
+            "verifiers": [{"kind": "repetition", "name": "filler"}],
+            "training": {**base, **training},
+        }
+    )
+
+
+def responses(prompts: int = 9) -> tuple[dict[str, Sample], list[Score]]:
+    """Prompts of several lengths with four responses; one prompt has one response left with a score, one four equal
+    ones, and one has only right responses."""
+    rng = random.Random(5)
+    samples: dict[str, Sample] = {}
+    scores: list[Score] = []
+    for p in range(prompts):
+        prompt = tuple(rng.randrange(3, 20) for _ in range(rng.randrange(2, 9)))
+        for g in range(RESPONSES):
+            sample_id = content_id(p, g)
+            samples[sample_id] = Sample(
+                id=sample_id, prompt_id=f"p{p}", index=g, policy_version=0, seed=0, prompt_ids=prompt,
+                response_ids=tuple(rng.randrange(3, 20) for _ in range(rng.randrange(1, 13))), logprobs=(), text="",
+                finish_reason="stop", temperature=0.8, top_p=1.0, top_k=0, max_new_tokens=12,
+            )  # fmt: skip
+            chance = {3: 0.5, 4: 0.6 + 0.1 * g}.get(p, rng.random())
+            if p != 5 or g == 1:
+                scores.append(Score(sample_id, f"p{p}", chance, chance, 0.1, 3))
+    return samples, scores
+
+
+def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Train as the job says; reports every step's metrics, the counts and how the better responses fared."""
+    recipe = recipe_for(job["model"], job.get("training", {}))
+    engine = PolicyEngine(Path(job["model"]), recipe, ranks, total_steps=20)
+    if job.get("load"):
+        engine.load(Path(job["load"]))
+    if job.get("poison"):
+        with torch.no_grad():
+            engine.model.get_input_embeddings().weight[job["poison"]] = float("nan")
+    samples, scores = responses()
+    steps: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+    stopped, error = "", None
+    before = lean(engine, samples, scores)
+    try:
+        for index in range(engine.version, job.get("rounds", 2)):
+            report = train_round(engine, RoundData(index, samples, scores=scores), recipe, steps.append)
+            counts, stopped = report.counts or counts, report.stopped
+            engine.version = index + 1
+            if job.get("save") and engine.version == 1:
+                Path(job["save"]).mkdir(exist_ok=True)
+                engine.save(Path(job["save"]))
+    except AlignError as caught:
+        error = str(caught)
+    gain = lean(engine, samples, scores) - before
+    weights = {name: tensor.clone() for name, tensor in engine.named_weights()}
+    if job.get("weights") and ranks.rank == 0:
+        torch.save(weights, job["weights"])
+    engine.close()
+    sums = {k: float(w.double().sum()) for k, w in weights.items()}
+    told = {"steps": steps, "counts": counts, "stopped": stopped, "error": error, "step": engine.step}
+    return {**told, "weights": sums, "gain": gain, "state": dict(engine.trainer_state)}
+
+
+def lean(engine: PolicyEngine, samples: dict[str, Sample], scores: list[Score]) -> float:
+    """Covariance of P(good) and mean token log-probability within prompts: how much the policy prefers the better."""
+    sequences = [(samples[s.sample_id].prompt_ids, samples[s.sample_id].response_ids) for s in scores]
+    found = [float(row.mean()) for row in engine.token_logprobs(sequences).logprobs]
+    by_prompt: dict[str, list[tuple[float, float]]] = {}
+    for score, value in zip(scores, found, strict=True):
+        by_prompt.setdefault(score.prompt_id, []).append((score.p_good, value))
+    total = 0.0
+    for rows in by_prompt.values():
+        middle = sum(p for p, _ in rows) / len(rows)
+        total += sum((p - middle) * v for p, v in rows)
+    return total
+
+
+def main() -> None:
+    """All jobs of one launch, one after the other in one process per rank."""
+    launch = json.loads(Path(sys.argv[1]).read_text())
+    ranks = connect(deadline_s=120)
+    reports = {name: run(job, ranks) for name, job in launch["jobs"].items()}
+    Path(f"{launch['out']}.{ranks.rank}").write_text(json.dumps(reports))
+    close(ranks)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    main()

@@ -35,7 +35,7 @@ from align.training.engine import PolicyEngine
 from align.training.trainers import RoundData, train_round
 
 VOCABULARY, EOS = 32, 1
-BATCHES = 3
+BATCHES = 2
 Gradient = dict[str, torch.Tensor]
 Tokens = tuple[int, ...]
 Words = tuple[Tokens, Tokens, Tokens]  # prompt, chosen, rejected

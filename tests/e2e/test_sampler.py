@@ -72,6 +72,22 @@ def test_order_ids_and_seeds(sampler: Sampler, prompts: list[Prompt]) -> None:
 
 
 @pytest.mark.engine
+def test_a_greedy_response_comes_behind_the_others(sampler: Sampler, prompts: list[Prompt], model_dir: Path) -> None:
+    """It changes none of them, says that it was greedy, and takes the most likely token at every step."""
+    samples = draw(sampler, prompts, greedy=1)
+    assert [(s.prompt_id, s.index) for s in samples] == [(p.id, i) for p in prompts for i in range(4)]
+    greedy = [s for s in samples if s.temperature == 0.0]
+    assert [s.index for s in greedy] == [3] * len(prompts)
+    assert digest([s for s in samples if s.temperature]) == digest(draw(sampler, prompts))
+    model = Policy(model_dir, "float32").model
+    for sample in greedy:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*sample.prompt_ids, *sample.response_ids]])).logits[0]
+        best = logits[len(sample.prompt_ids) - 1 : -1].argmax(-1)
+        assert best.tolist() == list(sample.response_ids)
+
+
+@pytest.mark.engine
 def test_logprobs_are_the_models_own_before_temperature(
     sampler: Sampler, prompts: list[Prompt], model_dir: Path
 ) -> None:

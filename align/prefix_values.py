@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,7 +122,7 @@ def _in_shards(run: Run, round_index: int, jobs: Sequence[Any], work: Work) -> N
     done = [all(store.shard_done(round_index, stage, i) for stage in stages) for i in range(len(shards))]
     pending = ranks.broadcast([i for i, there in enumerate(done) if not there])
     source = Rollouts(run, round_index) if pending else None
-    with run.timed("rollouts"), ranks.stage("rollouts"):
+    with run.timed("rollouts"), ranks.stage("rollouts"), closing(source) if source is not None else nullcontext():
         mine = pending[ranks.rank :: ranks.world_size]
         total = sum(len(shards[i]) for i in mine)
         with track(f"round {round_index}: rollouts", total=total, unit="prompts") as bar:
@@ -131,8 +132,7 @@ def _in_shards(run: Run, round_index: int, jobs: Sequence[Any], work: Work) -> N
                 store.commit_shard(round_index, "rollouts", i, samples)
                 store.commit_shard(round_index, "prefix_values", i, values)
                 bar.advance(len(shards[i]))
-        if source is not None:
-            source.close()
+                reach("pair.rollouts.shard")
     for stage in stages:
         if not store.stage_done(round_index, stage):
             store.commit_stage(round_index, stage, len(shards))

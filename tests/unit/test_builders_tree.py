@@ -109,9 +109,8 @@ def test_each_place_gives_its_own_pair() -> None:
     values, steps = records(top)
     out = Candidates()
     tree_pairs("p", values, steps, Tree(), out)
-    assert [(out.samples[a.sample_id].prompt_ids, out.samples[a.sample_id].response_ids) for a, _ in out.pairs["p"]] == [
-        ((9,), (1, 2)), ((9, 1, 2), (3, 3)),
-    ]  # fmt: skip
+    better = [out.samples[a.sample_id] for a, _ in out.pairs["p"]]
+    assert [(b.prompt_ids, b.response_ids) for b in better] == [((9,), (1, 2)), ((9, 1, 2), (3, 3))]
     assert {v.id: (v.step, v.rollouts, v.value) for v in values} == {
         prefix_id("p", (1, 2)): (1, 3, pytest.approx(1 / 6)), prefix_id("p", (5, 6)): (1, 1, -0.5),
         prefix_id("p", (1, 2, 3, 3)): (2, 1, 0.5), prefix_id("p", (1, 2, 4, 4)): (2, 1, -0.5),

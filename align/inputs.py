@@ -12,6 +12,7 @@ from align.recipe import Recipe
 from align.sampling.environment import check_engine_settings
 from align.storage.durable import hash_file
 from align.verifiers import registry
+from align.verifiers.reward_model import check_scorer
 from align.verifiers.spec import RewardModelSpec, VerifierSpec
 
 CPU_HEAD_DIM = 32
@@ -54,9 +55,18 @@ def check_inputs(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
         check_model_dir(Path(directory), key=key)
         identity[key] = fingerprint(Path(directory))
 
+    def critic() -> None:
+        settings = recipe.training.rl.critic
+        if settings.model is not None:
+            key = "training.rl.critic.model"
+            path = resolve_model(settings.model, settings.revision, key=key)
+            check_scorer(path, key)
+            identity[key] = fingerprint(path)
+
     checks: list[Callable[[], object]] = [
         model,
         shape,
+        critic,
         lambda: check_engine_settings(recipe.sampling.engine, "sampling.engine"),
         *(lambda p=p, d=d: aligned(p, d) for p, d in enumerate(recipe.training.supervised.aligned)),
         *(lambda spec=spec: verifier(spec, f"verifiers.{spec.name}") for spec in recipe.verifiers),

@@ -248,7 +248,7 @@ def _group_tokens(recipe: Recipe, ranks: int, longest: int) -> tuple[int, int]:
     response, n = recipe.sampling.max_new_tokens, recipe.sampling.samples_per_prompt
     budget, prompt = recipe.training.tokens_per_batch, longest - response
     whole = prompt + n * response
-    row = max(longest, min(budget, whole))
+    row = whole if recipe.training.algorithm == "p3o" else max(longest, min(budget, whole))  # p3o splits no prompt
     step = -(-prompts_per_step(recipe) // ranks) * whole
     return max(row, min(budget, step)), row
 

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import InputError
-from align.model_files import check_model_dir, resolve_model
+from align.model_files import resolve_model
 from align.recipe import Recipe
 from align.training import attention, model, trunk
 from align.training.groups import PackedBatch
 from align.training.logps import TokenLogProbs
 from align.training.sharded import Sequence_, ShardedModel
+from align.verifiers.reward_model import check_scorer
 
 if TYPE_CHECKING:
     from align.distributed import Ranks
@@ -93,13 +94,7 @@ def _load(policy_dir: Path, recipe: Recipe) -> ValueNetwork:
 
 def check_critic(path: Path, policy_dir: Path) -> None:
     """Refuse a reward model that cannot read the policy's tokens one by one."""
-    config = check_model_dir(path, key=KEY)
-    architectures = config.get("architectures") or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise InputError(f"{KEY}: {path} is no reward model (…ForSequenceClassification); leave it out for the policy")
-    labels = len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
-    if labels != 1:
-        raise InputError(f"{KEY}: {path} has {labels} labels; a reward model has one")
+    check_scorer(path, KEY)
 
     from transformers import AutoTokenizer
 

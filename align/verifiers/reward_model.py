@@ -30,17 +30,22 @@ def check(spec: RewardModelSpec, where: str | None = None) -> tuple[Path, dict[s
     key = where or f"verifiers.{spec.name}"
     environment.check_engine_settings(spec.engine, f"{key}.engine")
     path = resolve_model(spec.model, spec.revision, key=f"{key}.model")
-    config = check_model_dir(path, key=f"{key}.model")
+    return path, check_scorer(path, f"{key}.model")
+
+
+def check_scorer(path: Path, key: str) -> dict[str, Any]:
+    """The config.json of a directory that must hold a sequence classifier with one label; `key` names it."""
+    config = check_model_dir(path, key=key)
     architectures = config.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
         raise InputError(
-            f"{key}.model: {path / 'config.json'} names {', '.join(architectures) or 'no architecture'}; a reward "
+            f"{key}: {path / 'config.json'} names {', '.join(architectures) or 'no architecture'}; a reward "
             "model is a sequence classifier (…ForSequenceClassification)"
         )
     labels = label_count(config)
     if labels != 1:
-        raise InputError(f"{key}.model: {path} has {labels} labels; a reward model has one (num_labels in config.json)")
-    return path, config
+        raise InputError(f"{key}: {path} has {labels} labels; a reward model has one (num_labels in config.json)")
+    return config
 
 
 def label_count(config: Mapping[str, Any]) -> int:

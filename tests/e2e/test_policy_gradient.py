@@ -193,3 +193,22 @@ def test_a_critic_from_a_reward_model_says_what_it_says(tmp_path: Path, where: P
     with torch.no_grad():
         expected = [float(judge(torch.tensor([[*prompt, *response[:t]]])).logits[0, 0]) for t in range(len(response))]
     assert values.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_critic_must_be_a_reward_model_with_the_policys_tokens(tmp_path: Path, where: Path, reports: Reports) -> None:
+    """Refused by its key before anything trains: a language model, and a reward model that reads other tokens."""
+    from transformers import AutoModelForSequenceClassification
+
+    from align.errors import InputError
+    from align.inputs import check_inputs
+    from align.training.critic import check_critic
+    from tests.e2e.rl_job import recipe_for
+
+    training = {"algorithm": "ppo", "rl": {"critic": {"model": str(where / "model")}}}
+    with pytest.raises(InputError, match=r"training\.rl\.critic\.model: .*ForSequenceClassification"):
+        check_inputs(recipe_for(str(where / "model"), training, {}))
+    create_model(tmp_path / "other", Scratch(hidden_size=32, heads=2, kv_heads=1, characters="0123456789x"), seed=1)
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "other", num_labels=1)
+    judge.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"training\.rl\.critic\.model: .* another tokenizer"):
+        check_critic(tmp_path / "other", where / "model")

@@ -18,6 +18,7 @@ from torch import Tensor
 from align.records import Pair, Sample
 from align.training.logps import per_response
 from align.training.losses.tokens import ld_weights
+from align.training.upload import upload
 
 if TYPE_CHECKING:
     from align.training.engine import PolicyEngine
@@ -61,8 +62,8 @@ def ld_totals(logprobs: Tensor, lengths: Sequence[int], pairs: Sequence[tuple[in
     slots = [c for c, _ in pairs] + [r for _, r in pairs]
     others = [r for _, r in pairs] + [c for c, _ in pairs]
     own = [lengths[k] for k in slots]
-    places = torch.from_numpy(np.concatenate([np.arange(starts[k], starts[k + 1]) for k in slots]))
-    weights = torch.tensor(ld_weights(own, [lengths[k] for k in others], alpha), dtype=logprobs.dtype)
     device = logprobs.device
-    values = logprobs.index_select(0, places.to(device)) * weights.to(device)
-    return per_response(values, torch.tensor(own, device=device)).view(2, -1)
+    places = upload(np.concatenate([np.arange(starts[k], starts[k + 1]) for k in slots]), torch.int64, device)
+    weights = upload(ld_weights(own, [lengths[k] for k in others], alpha), logprobs.dtype, device)
+    values = logprobs.index_select(0, places) * weights
+    return per_response(values, upload(own, torch.int64, device)).view(2, -1)

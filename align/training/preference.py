@@ -41,6 +41,7 @@ from align.training.steps import (
     train_step,
 )
 from align.training.trainers import OnStep, RoundData
+from align.training.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,22 +169,18 @@ class PreferenceObjective(PlainObjective):
 
     def _batch(self, pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor) -> PairBatch:
         """The pairs with these sums [B] as the policy's."""
-
-        def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=chosen.dtype, device=chosen.device)
-
         reference = [self._reference.get(p.id, (0.0, 0.0)) for p in pairs]
-        batch = PairBatch(
-            policy_chosen=chosen,
-            policy_rejected=rejected,
-            ref_chosen=column([c for c, _ in reference]),
-            ref_rejected=column([r for _, r in reference]),
-            label=column([p.label for p in pairs]),
-            weight=column([p.weight for p in pairs]),
-            chosen_length=column([len(self._samples[p.chosen_id].response_ids) for p in pairs]),
-            rejected_length=column([len(self._samples[p.rejected_id].response_ids) for p in pairs]),
-            tokens_per_pair=self._chosen_tokens / self._pairs,
-        )
+        columns = [
+            [c for c, _ in reference],
+            [r for _, r in reference],
+            [p.label for p in pairs],
+            [p.weight for p in pairs],
+            [len(self._samples[p.chosen_id].response_ids) for p in pairs],
+            [len(self._samples[p.rejected_id].response_ids) for p in pairs],
+        ]
+        names = ("ref_chosen", "ref_rejected", "label", "weight", "chosen_length", "rejected_length")
+        known = dict(zip(names, upload(columns, chosen.dtype, chosen.device), strict=True))
+        batch = PairBatch(chosen, rejected, **known, tokens_per_pair=self._chosen_tokens / self._pairs)
         return with_divergence(batch, self._settings.divergence, self._settings.divergence_alpha)
 
     def part(self, batch: PackedBatch, units: Sequence[Unit[PairRow]], found: TokenLogProbs) -> Part:
@@ -191,8 +188,9 @@ class PreferenceObjective(PlainObjective):
         rows, slots = _rows_of(batch, units)
         pairs = [row.pair for row in rows]
         # A margin is a small difference of sums over many tokens: in float32 most of its digits would be gone.
-        logprobs, lengths = found.logprobs.double(), batch.lengths.to(found.logprobs.device)
-        places = torch.tensor(slots).T.to(logprobs.device)  # [2, B]
+        logprobs, device = found.logprobs.double(), found.logprobs.device
+        lengths = upload(batch.lengths.tolist(), torch.int64, device)
+        places = upload(slots, torch.int64, device).T  # [2, B]
         plain = per_response(logprobs, lengths)[places]  # [2, B]
         alpha = self._settings.ld_alpha
         sums = plain if alpha is None else ld_totals(logprobs, batch.lengths.tolist(), slots, alpha)
@@ -202,7 +200,7 @@ class PreferenceObjective(PlainObjective):
             likely = wpo_log_weights(logprobs, found.squares, lengths)[places].sum(0).exp()
         weight = records.weight * likely
         if self._facts.whole_step:
-            known = torch.tensor([self._slopes[p.id] for p in pairs], dtype=torch.float64, device=logprobs.device).T
+            known = upload([self._slopes[p.id] for p in pairs], torch.float64, device).T
             losses = known[0]
             to_differentiate = (known[1:] * sums).sum()
         else:

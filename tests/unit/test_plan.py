@@ -321,6 +321,14 @@ def test_adapters_need_no_reference_and_little_optimizer() -> None:
     assert found["optimizer"].bytes == 8 * adapted.trainable < 8 * adapted.parameters / 10
 
 
+def test_a_reference_that_moves_is_a_second_copy() -> None:
+    shape = config_shape(LlamaConfig(**SMALL, num_attention_heads=4), "x")
+    frozen, both = (
+        parts_of(recipe(training={"reference_sync": sync}), shape, machine())["reference"].bytes for sync in (None, {})
+    )
+    assert both == 2 * frozen > 0
+
+
 # ---- the whole plan ------------------------------------------------------------------------------------------------
 
 

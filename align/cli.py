@@ -119,6 +119,7 @@ def verify(
         str | None, typer.Argument(metavar="[RESPONSES]", help="Responses to score: JSONL, CSV or Parquet.")
     ] = None,
     overrides: Overrides = None,
+    *,
     votes: Annotated[str | None, typer.Option("--votes", help="Instead: a CSV of votes, may be gzipped.")] = None,
     labels: Annotated[int | None, typer.Option("--labels", help="Let the ensemble see gold of so many items.")] = None,
     out: Annotated[str | None, typer.Option("--out", help="Directory for the result; new, or an earlier one.")] = None,

@@ -125,16 +125,13 @@ def _true_lines(true: Mapping[str, Any] | None) -> list[str]:
     """What gold says of P(good) and its rivals, on the items whose gold was not shown."""
     if true is None:
         return []
-    found, curve, picked = true["ensemble"], true["calibration"], true["selection"]
+    right, curve, picked = true["accuracy"], true["calibration"], true["selection"]
+    said = ", ".join(f"{name} {_share(right[name])}" for name in ("p_good", "mean", "majority"))
     lines = [
-        f"on the {true['items']:,} items with gold that the ensemble did not see, of which {true['good']:.1%} good:"
+        f"on the {true['items']:,} items with gold that the ensemble did not see, of which {true['good']:.1%} good:",
+        f"  accuracy: {said}, best single verifier ({true['best_single']}) {_share(right['best_single'])}",
+        f"  P(good): AUC {_share(true['auc']['p_good'])}, ECE {_share(curve['ece'])}, Brier {_share(curve['brier'])}",
     ]
-    best = found["best_single"]
-    said = ((name, found["accuracy"].get(name)) for name in ("p_good", "mean", "majority", best))
-    lines.append("  accuracy: " + ", ".join(f"{name} {_share(value)}" for name, value in said))
-    lines.append(
-        f"  P(good): AUC {_share(found['auc']['p_good'])}, ECE {_share(curve['ece'])}, Brier {_share(curve['brier'])}"
-    )
     if picked is not None:
         rest = ", ".join(f"{name} {picked[name]:.3f}" for name in ("p_good", "majority", "random", "oracle"))
         lines.append(f"  best of each of {picked['groups']:,.0f} groups is good: {rest}")

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from align.ensemble.combine import Combined
-from align.ensemble.normalise import binarise, row_mean
+from align.ensemble.normalise import binarise, normalise, row_mean
 from align.ensemble.table import VerdictTable
-from align.evaluation.report import ensemble_report
+from align.evaluation.report import accuracy, auc
 
 BINS = 10
 BLOCK_ROWS = 200_000
@@ -58,7 +58,9 @@ def true_report(table: VerdictTable, combined: Combined, gold: np.ndarray, seen:
     """Everything that gold says, measured on the items whose gold was not shown; None where there is none.
 
     `items`, `good`  how many items, and the share of them that gold calls good
-    `ensemble`       P(good), mean, majority and each verifier against gold (`align.evaluation.report`)
+    `accuracy`       of P(good), the mean verdict, the majority and the best single verifier, each cut at one half; no
+                     opinion is half right.  Which verifier is best is known only thanks to gold
+    `auc`            chance that a good item stands above a bad one, by P(good) and by the mean
     `verifiers`      per verifier: votes that gold judges, accuracy with its 95% interval, tpr, tnr
     `calibration`    expected calibration error and Brier score of P(good), and its reliability curve
     `selection`      gold of the item picked in each group, by P(good), by majority, at random, by an oracle
@@ -73,12 +75,35 @@ def true_report(table: VerdictTable, combined: Combined, gold: np.ndarray, seen:
     return {
         "items": int(known.sum()),
         "good": float(truth[known].mean()),
-        "ensemble": ensemble_report(table, combined, truth),
+        **_opinions(table, combined, votes, truth),
         "verifiers": _true_rows(table, votes, truth),
         "calibration": calibration(combined.p_good[known], truth[known]),
         "selection": selection(combined.p_good, row_mean(votes), truth, table.prompts),
         "correlation": error_correlation(votes, truth),
     }
+
+
+def _opinions(table: VerdictTable, combined: Combined, votes: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """Accuracy and AUC of the ensemble's opinions, and the best single verifier."""
+    known = ~np.isnan(truth)
+    gold, mean = truth[known], row_mean(normalise(table))[known]
+    single = [accuracy(votes[known, j], gold) for j in range(len(table.names))]
+    best = int(np.argmax(single))
+    return {
+        "accuracy": {
+            "p_good": accuracy(_half(combined.p_good[known]), gold),
+            "mean": accuracy(_half(mean), gold),
+            "majority": accuracy(_half(row_mean(votes)[known]), gold),
+            "best_single": single[best],
+        },
+        "best_single": table.names[best],
+        "auc": {"p_good": auc(combined.p_good[known], gold), "mean": auc(mean, gold)},
+    }
+
+
+def _half(opinion: np.ndarray) -> np.ndarray:
+    """[N] with one half in place of no opinion."""
+    return np.where(np.isnan(opinion), 0.5, opinion)
 
 
 def _true_rows(table: VerdictTable, votes: np.ndarray, truth: np.ndarray) -> list[dict[str, Any]]:

@@ -176,9 +176,10 @@ class _Columns:
         where = f"{self.path}:1"
         for name in NEEDED:
             if name not in self.header:
-                close = get_close_matches(name, [h.lower() for h in self.header], n=1)
-                hint = f"did you mean it by {self.header[[h.lower() for h in self.header].index(close[0])]!r}?"
-                self.errors.add(f"{where}: no column {name!r}; {hint if close else 'add it (gold may be blank)'}")
+                others = {other.lower(): other for other in self.header if other not in NEEDED}
+                close = get_close_matches(name, others, n=1)
+                hint = f"did you mean it by {others[close[0]]!r}?" if close else "add it (gold may be blank)"
+                self.errors.add(f"{where}: no column {name!r}; {hint}")
         for name, count in Counter(name.removesuffix(SCORE_MARK) for name in self.header).items():
             if count > 1:
                 self.errors.add(f"{where}: {count} columns are named {name!r}; give each a name of its own")

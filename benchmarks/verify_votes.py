@@ -1,0 +1,89 @@
+"""`align verify --votes` on a large file: seconds and peak memory of the whole command, against a budget.
+
+    python -m benchmarks.verify_votes --rows 1000000 --verifiers 30
+
+The file is made on the spot (verifiers with their own accuracy, 10% abstained, groups of four, gold on every row),
+plain and gzipped.  `peer` is the budget: 2 GiB of memory, and of processor time 15 s a million rows for the label model
+and as much to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import Row, machine
+
+BUDGET_MIB = 2048.0
+BUDGET_S_PER_MILLION = 30.0
+BLOCK = 50_000
+
+
+def write_votes(path: Path, rows: int, verifiers: int, scores: int) -> None:
+    """A simulated matrix; the last `scores` verifiers give real values."""
+    rng = np.random.default_rng(0)
+    right = rng.uniform(0.55, 0.9, verifiers)
+    names = [f"v{j}" + ("~" if j >= verifiers - scores else "") for j in range(verifiers)]
+    opened = gzip.open(path, "wt", compresslevel=1) if path.suffix == ".gz" else open(path, "w", encoding="utf-8")
+    with opened as file:
+        file.write(f"item,group,gold,{','.join(names)}\n")
+        for start in range(0, rows, BLOCK):
+            some = min(BLOCK, rows - start)
+            gold = rng.random(some) < 0.4
+            votes = np.where(rng.random((some, verifiers)) < right, gold[:, None], ~gold[:, None])
+            text = np.where(votes, "1", "0").astype("U8")
+            for j in range(verifiers - scores, verifiers):
+                text[:, j] = np.char.mod("%.4f", rng.normal(gold * 1.5, 1.0))
+            text[rng.random(text.shape) < 0.1] = ""
+            lines = [
+                f"response-{start + i:09d},prompt-{(start + i) // 4},{int(gold[i])},{','.join(text[i].tolist())}"
+                for i in range(some)
+            ]
+            file.write("\n".join(lines) + "\n")
+
+
+def measure(path: Path, labels: int | None) -> tuple[float, float]:
+    """(processor seconds, peak MiB) of the command in a process of its own."""
+    code = "import resource, sys\nfrom align.cli import app\ntry:\n    app(sys.argv[1:])\n"
+    with tempfile.TemporaryDirectory() as out:
+        extra = [] if labels is None else ["--labels", str(labels)]
+        command = [sys.executable, "-c", code, "verify", "--votes", str(path), "--out", f"{out}/r", *extra]
+        done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    seconds, peak_kib = done.stderr.split("USED")[1].split()
+    return float(seconds), int(peak_kib) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--verifiers", type=int, default=30)
+    parser.add_argument("--scores", type=int, default=0, help="how many of the verifiers give real values")
+    chosen = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, labels in (("votes.csv", None), ("votes.csv.gz", 20)):
+            path = Path(folder) / name
+            write_votes(path, chosen.rows, chosen.verifiers, chosen.scores)
+            seconds, peak = measure(path, labels)
+            case = f"{chosen.rows:,} x {chosen.verifiers}, {name}, labels {labels or 0}"
+            budget_s = BUDGET_S_PER_MILLION * chosen.rows / 1e6
+            rows.append(Row(case, round(seconds, 1), budget_s, round(budget_s / seconds, 2), "s"))
+            rows.append(Row(case, round(peak), BUDGET_MIB, round(BUDGET_MIB / peak, 2), "MiB"))
+            print(rows[-2], rows[-1], flush=True)
+            path.unlink()
+    print(json.dumps({"benchmark": "verify_votes", "machine": machine(), "rows": [asdict(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -52,7 +52,7 @@ def orpo(batch: PairBatch, *, beta: float) -> Tensor:
     """[B] ORPO's odds-ratio term (arXiv 2403.07691, eq. 7) times beta, the paper's λ.
 
     DPO's form on log odds(lc/|c|) - log odds(lr/|r|), log odds(l) = l - log(1 - e^l).  The paper adds the negative
-    log-likelihood of the chosen response: that is `nll_weight` 1.
+    log-likelihood of the chosen response: that is `nll_weight` 1.  (TRL counts the prompt's tokens in that too.)
     """
     chosen = log_odds(batch.policy_chosen / batch.chosen_length)
     rejected = log_odds(batch.policy_rejected / batch.rejected_length)

@@ -199,7 +199,9 @@ def main() -> None:
     tree = make_tree()
     best, _ = optimum(tree)
     gap, variation = judge(tree, tree.reference)
-    print(f"{len(tree.scores)} responses, J* {best:.4f}, J of the reference {best - gap:.4f}, variation {variation:.3f}")
+    print(
+        f"{len(tree.scores)} responses, J* {best:.4f}, J of the reference {best - gap:.4f}, variation {variation:.3f}"
+    )
     rows = []
     for variant in (*RIGHT, *WRONG):
         rows.append(measure(variant, seeds))

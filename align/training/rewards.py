@@ -18,6 +18,7 @@ import numpy as np
 from align.recipe_rl import DROPS_EQUAL, NEEDS_GREEDY, Reward
 from align.records import Sample, Score, Verdict
 from align.training.advantages import EPSILON, zero_spread
+from align.training.preference_matrix import ByChance, preference_matrices
 
 Array = np.ndarray
 SURE = 1e-6
@@ -74,6 +75,10 @@ def rewarded(
         raw = normalised(settings, {s.id: found[s.id] for s in used}, [s.id for s in kept], state)
         raw = {s.id: _cut(settings, s, raw[s.id]) for s in used}
     kept, counts = _usable(algorithm, kept, raw, counts)
+    strengths: dict[str, Array] = {}
+    if algorithm == "pairwise_grpo":
+        judge = ByChance(chances)  # until a verifier compares two responses itself
+        strengths, counts["unread_preferences"] = preference_matrices(judge, _by_prompt(kept))
     masked = np.array([settings.truncated == "mask" and s.finish_reason == "length" for s in kept], dtype=bool)
     counts["masked"] = int(masked.sum())
     return Rewarded(
@@ -81,7 +86,7 @@ def rewarded(
         scores=np.array([raw[s.id] for s in kept]),
         masked=masked,
         baselines=np.array([raw[greedy[s.prompt_id].id] for s in kept]) if algorithm == "remax" else None,
-        strengths=_strengths(kept, chances) if algorithm == "pairwise_grpo" else {},
+        strengths=strengths,
         counts=counts,
     )
 
@@ -166,9 +171,8 @@ def _cut(settings: Reward, sample: Sample, score: float) -> float:
     return settings.penalty if settings.truncated == "penalty" else 0.0
 
 
-def _strengths(kept: Sequence[Sample], chances: Mapping[str, float]) -> dict[str, Array]:
-    """By prompt, P(i good, j not) - P(j good, i not) = p_i - p_j, with independent P(good)."""
-    by_prompt: dict[str, list[float]] = {}
+def _by_prompt(kept: Sequence[Sample]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     for s in kept:
-        by_prompt.setdefault(s.prompt_id, []).append(chances[s.id])
-    return {k: np.subtract.outer(np.array(p), np.array(p)) for k, p in by_prompt.items()}
+        found.setdefault(s.prompt_id, []).append(s.id)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from align.records import Sample, Score, Verdict
 from align.training import advantages as adv
 from align.training import kl
 from align.training.losses import policy_gradient as losses
+from align.training.preference_matrix import preference_matrices
 from align.training.rewards import against, qwen_math, rewarded
 from align.training.rl_metrics import round_metrics
 from align.training.rollouts import Rollouts, estimate
@@ -113,9 +115,7 @@ def test_pairwise_advantages_of_reward_differences_are_those_of_grpo() -> None:
 def test_a_cycle_of_preferences_pushes_nothing_and_order_bias_cancels() -> None:
     cycle = np.array([[0.0, 1.0, -1.0], [-1.0, 0.0, 1.0], [1.0, -1.0, 0.0]])
     assert adv.from_preferences(cycle) == pytest.approx(np.zeros(3), abs=1e-12)
-    assert adv.from_preferences(cycle + 0.4) == pytest.approx(
-        np.zeros(3), abs=1e-12
-    )  # likes what is first
+    assert adv.from_preferences(cycle + 0.4) == pytest.approx(np.zeros(3), abs=1e-12)  # likes what is first
     unknown = np.array([[0.0, np.nan], [0.3, 0.0]])
     assert adv.from_preferences(unknown).tolist() == [0.0, 0.0]
 
@@ -283,6 +283,32 @@ def test_preferences_from_p_good_give_grpo_on_p_good() -> None:
     )  # fmt: skip
     pairwise = estimate(rollouts, PolicyGradient(), "pairwise_grpo", 0.0).advantages
     assert pairwise == pytest.approx(estimate(rollouts, PolicyGradient(), "grpo", 0.0).advantages, abs=2e-5)
+
+
+class Biased:
+    """Says what the rewards say, likes what it reads first, and cannot be read about one pair in one order."""
+
+    def __init__(self, rewards: dict[str, float]) -> None:
+        self.rewards = rewards
+        self.asked: list[tuple[str, str]] = []
+
+    def prefer(self, questions: Sequence[tuple[str, str]]) -> list[float | None]:
+        self.asked = list(questions)
+        found: list[float | None] = [self.rewards[a] - self.rewards[b] + 0.3 for a, b in questions]
+        return [None if q == ("x", "z") else v for q, v in zip(questions, found, strict=True)]
+
+
+def test_a_judge_is_asked_in_both_orders_and_its_liking_of_the_first_cancels() -> None:
+    """A pair that could not be read in one order is a tie, and counted."""
+    rewards = {"x": 0.5, "y": 0.1, "z": -0.6}
+    judge = Biased(rewards)
+    found, unread = preference_matrices(judge, {"p": ["x", "y", "z"], "q": ["y", "z"]})
+    assert len(judge.asked) == 6 + 2 and unread == 1
+    assert np.isnan(found["p"][0, 2]) and found["p"][2, 0] == pytest.approx(-0.8)
+    fair = {"x": rewards["x"], "y": rewards["y"], "z": rewards["x"]}  # x against z is a tie
+    d = np.subtract.outer([rewards[i] for i in "xyz"], [rewards[i] for i in "xyz"])
+    d[0, 2] = d[2, 0] = fair["x"] - fair["z"]
+    assert adv.from_preferences(found["p"]) == pytest.approx(adv.from_preferences(d), abs=1e-12)
 
 
 def test_round_metrics_by_hand() -> None:

@@ -379,6 +379,8 @@ class Run:
     def model_card(self) -> str:
         """The export's README.md."""
         from align.model_card import model_card
+        from align.preflight import settled
 
         summary = build_summary(self.recipe, self.store, "done", self._seconds)
-        return model_card(self.recipe, summary=summary, data=self.store.read_json(None, "prompts") or {})
+        followed = settled(self.recipe, self.store.read_json(0, "preflight"))
+        return model_card(followed, summary=summary, data=self.store.read_json(None, "prompts") or {})

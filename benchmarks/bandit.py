@@ -149,7 +149,7 @@ def mean_reward(policy: Policy, world: World, reward: Tensor) -> float:
         return (policy(world.evaluated).exp() @ reward).mean().item()
 
 
-# ---- the losses, through the records that the trainers use -------------------------------------------------------------
+# ---- the losses, through the records that the trainers use -------------------------------------------------------
 
 Batch = Callable[[Tensor], Tensor]  # log-probabilities [S, A] to a loss
 
@@ -211,7 +211,7 @@ LOSSES: dict[str, Callable[..., Batch]] = {
 }
 
 
-# ---- the table ---------------------------------------------------------------------------------------------------------
+# ---- the table --------------------------------------------------------------------------------------------------
 
 
 def over_seeds(setting: Setting, reward: str, seeds: Sequence[int]) -> dict[str, float]:

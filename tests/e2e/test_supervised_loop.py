@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +79,3 @@ def test_every_scored_response_is_learned_in_every_round(finished: Path) -> None
 
 def test_the_export_says_what_to_put_in_front(finished: Path) -> None:
     assert "Put `gg` in front of every prompt" in (finished / "export" / "README.md").read_text()
-
-
-def test_a_threshold_that_nobody_reaches_stops_the_run_and_says_what_to_do(tmp_path: Path, align: Callable) -> None:
-    recipe = tmp_path / "tiny.yaml"
-    text = conditional(tmp_path / "runs").replace("name: conditional", "name: filter")
-    recipe.write_text(re.sub(r"supervised: .*", "supervised: {threshold: 1.5}", text))
-    for verb in ("sample", "score"):
-        assert align(verb, recipe).status == 0
-    stopped = align("train", recipe)
-    assert stopped.status == 1 and "below training.supervised.threshold" in stopped.err
-    assert "rounds.on_empty" in stopped.err

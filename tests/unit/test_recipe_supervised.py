@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from align.catalogue import ALGORITHMS, LOSSES
+from align.errors import RunError
 from align.recipe import Recipe
 from align.recipe_supervised import READS, Supervised
+from align.stages import _empty_round
 from align.training.trainers import learned_per_prompt, steps_per_round
 
 
@@ -82,3 +85,17 @@ def test_the_schedule_counts_what_is_learned(loss: str, supervised: dict[str, An
     found = recipe(loss, supervised)
     assert learned_per_prompt(found) == each
     assert steps_per_round(found) == -(-512 // (256 // each))
+
+
+def test_a_round_that_nobody_passes_stops_or_is_passed_over_as_the_recipe_says() -> None:
+    """The message names the key that left the responses out, and the way on."""
+    said: list[str] = []
+    counts = {"below training.supervised.threshold": 40, "cut at sampling.max_new_tokens": 0}
+    for on_empty in ("stop", "continue"):
+        run: Any = SimpleNamespace(recipe=recipe("filter", rounds={"on_empty": on_empty}), say=said.append)
+        if on_empty == "stop":
+            with pytest.raises(RunError, match=r"40 below training\.supervised\.threshold.*rounds\.on_empty: continue"):
+                _empty_round(run, 0, counts)
+        else:
+            _empty_round(run, 0, counts)
+    assert len(said) == 1 and "nothing is trained" in said[0] and "cut at" not in said[0]

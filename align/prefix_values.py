@@ -193,11 +193,16 @@ def _questions(run: Run, round_index: int) -> tuple[list[Question], Counter[str]
         if not correct and not settings.shared_prefix:
             counts[NO_CORRECT] += 1
             continue
-        tried += wrong
-        stepped = [response for response in (cut(s, settings, decode) for s in wrong) if len(response.ends) > 1]
-        counts[UNSPLIT] += len(wrong) - len(stepped)
+        stepped: list[Stepped] = []
+        for response in wrong:
+            if len(stepped) < settings.wrong_per_prompt:
+                tried.append(response)
+                stepped.append(cut(response, settings, decode))
+                if len(stepped[-1].ends) < 2:
+                    stepped.pop()
+                    counts[UNSPLIT] += 1
         if stepped:
-            found.append(Question(prompt_id, stepped[: settings.wrong_per_prompt], correct))
+            found.append(Question(prompt_id, stepped, correct))
     if tried and not found:
         raise _cannot_split(settings, tried)
     return found, counts

@@ -33,9 +33,9 @@ def verifier_rows(table: VerdictTable, combined: Combined) -> list[dict[str, Any
     rows = []
     for j, one in enumerate(combined.estimates):
         share = combined.class_balance
-        variance = share**2 * one.tpr * (1 - one.tpr) / max(good * one.coverage, 1.0)
-        variance += (1 - share) ** 2 * one.tnr * (1 - one.tnr) / max(bad * one.coverage, 1.0)
-        reach = TWO_SIDED * max(variance, 0.0) ** 0.5
+        variance = share**2 * _variance(one.tpr, good * one.coverage)
+        variance += (1 - share) ** 2 * _variance(one.tnr, bad * one.coverage)
+        reach = TWO_SIDED * variance**0.5
         rows.append(
             {
                 "name": one.name,
@@ -52,6 +52,12 @@ def verifier_rows(table: VerdictTable, combined: Combined) -> list[dict[str, Any
             }
         )
     return rows
+
+
+def _variance(share: float, count: float) -> float:
+    """Of a share of `count` votes, with one vote more for and one against: never 0 because all agreed."""
+    softened = (share * count + 1.0) / (count + 2.0)
+    return softened * (1.0 - softened) / (count + 2.0)
 
 
 def true_report(table: VerdictTable, combined: Combined, gold: np.ndarray, seen: np.ndarray) -> dict[str, Any] | None:

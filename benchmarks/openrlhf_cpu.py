@@ -1,8 +1,8 @@
 """OpenRLHF's DPO trainer on a machine without a GPU: stand-ins for what it imports and does not use here.
 
 Its `DPOTrainer.fit`, `Actor` and `DeepspeedStrategy` run unchanged.  Replaced are packages that only a GPU or other
-trainers need (flash-attn, torchdata, pylatexenc), the calls that place tensors on a GPU, and its list of dtypes, which
-has no float32.
+trainers need (flash-attn, torchdata, pylatexenc), the calls that place tensors on a GPU, its list of dtypes, which has
+no float32, and DeepSpeed's own AdamW, which would have to be compiled first: torch's takes its place.
 
     pip install --no-deps --target DIR openrlhf==0.11.2     and DIR on PYTHONPATH
 """
@@ -113,6 +113,15 @@ def train(
         max_norm=settings["clip"], micro_train_batch_size=pairs, train_batch_size=pairs, zero_stage=0, args=args
     )
     strategy.setup_distributed()
+    given = strategy.get_ds_train_config
+
+    def with_torchs_adam(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        config = given(*args, **kwargs)
+        if "optimizer" in config:
+            config["optimizer"]["params"]["torch_adam"] = True
+        return config
+
+    strategy.get_ds_train_config = with_torchs_adam
     options = {"attn_implementation": "sdpa", "param_dtype": "fp32"}
     policy = Actor(str(model_dir), ds_config=strategy.get_ds_train_config(), **options)
     reference = Actor(str(model_dir), ds_config=strategy.get_ds_eval_config(offload=False), **options)

@@ -31,9 +31,13 @@ class Fit:
 
 
 class LabelModel(Protocol):
-    """Turns a table of verdicts into P(good), with nothing to learn from but the verdicts themselves."""
+    """Turns a table of verdicts into P(good), from the verdicts themselves and, where there are any, from labels.
 
-    def fit(self, table: VerdictTable) -> Fit: ...
+    `labels` [N] is 1 for good, 0 for not good and NaN where nobody knows; a model that has no use for labels takes no
+    notice.  The posterior, the parameters and the diagnostics are those of the Fit.
+    """
+
+    def fit(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit: ...
 
 
 def weighted_rates(votes: np.ndarray, p_good: np.ndarray, pseudo: float, tilt: float) -> tuple[np.ndarray, np.ndarray]:
@@ -73,6 +77,12 @@ def match_balance(p_good: np.ndarray, balance: float) -> np.ndarray:
         else:
             high = shift
     return sigmoid(logit + (low + high) / 2)
+
+
+def logit(p: np.ndarray, edge: float = 1e-6) -> np.ndarray:
+    """log(p / (1 - p)), with p held `edge` away from 0 and 1; NaN stays NaN."""
+    p = np.clip(p, edge, 1.0 - edge)
+    return np.log(p) - np.log1p(-p)
 
 
 def sigmoid(logit: np.ndarray) -> np.ndarray:

@@ -44,8 +44,11 @@ class Channel:
     weight: float = 1.0  # factor on its log-likelihood
 
 
-def channels(table: VerdictTable) -> list[Channel]:
-    """One channel per family or lone verifier, without those that never say anything."""
+def channels(table: VerdictTable, silence: bool = False) -> list[Channel]:
+    """One channel per family or lone verifier, without those that never say anything.
+
+    With `silence` a voter that only ever says one thing has a level for keeping silent: that is its other answer.
+    """
     values = normalise(table)
     groups: dict[str, list[int]] = {}
     for j, family in enumerate(table.families):
@@ -54,8 +57,7 @@ def channels(table: VerdictTable) -> list[Channel]:
     for columns in groups.values():
         binary = all(table.kinds[j] == "binary" for j in columns)
         if binary and len(columns) == 1:
-            vote = values[:, columns[0]]
-            channel = Channel(np.where(np.isnan(vote), -1, vote).astype(np.int64), np.array([0.0, 1.0]), tuple(columns))
+            channel = _vote(values[:, columns[0]], tuple(columns), silence)
         elif binary:
             channel = _joint(values[:, columns], tuple(columns))
         else:
@@ -65,6 +67,16 @@ def channels(table: VerdictTable) -> list[Channel]:
         if (channel.codes >= 0).any():
             made.append(channel)
     return made
+
+
+def _vote(vote: np.ndarray, columns: tuple[int, ...], silence: bool) -> Channel:
+    """[N] of 0, 1, NaN: two levels; with `silence` and a single answer, that answer and silence at one half."""
+    heard = ~np.isnan(vote)
+    said = vote[heard]
+    if silence and len(said) and 0 < len(said) < len(vote) and said.min() == said.max():
+        levels = np.array([0.5, said[0]]) if said[0] == 1.0 else np.array([said[0], 0.5])
+        return Channel(np.where(heard, int(said[0]), 1 - int(said[0])), levels, columns)
+    return Channel(np.where(heard, vote, -1).astype(np.int64), np.array([0.0, 1.0]), columns)
 
 
 def _joint(votes: np.ndarray, columns: tuple[int, ...]) -> Channel:

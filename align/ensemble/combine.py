@@ -10,13 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.ensemble.base import Fit, LabelModel
+from align.ensemble.base import Fit, LabelModel, weighted_rates
+from align.ensemble.calibrate import cautious
 from align.ensemble.channels import channels
 from align.ensemble.dawid_skene import MIN_SUPPORT, DawidSkene
-from align.ensemble.diagnostics import near_constant
+from align.ensemble.describe import against_labels, describe, wrong_balance
+from align.ensemble.diagnostics import collapsed, near_constant, two_camps
+from align.ensemble.gate import Choice, without_labels
+from align.ensemble.ladder import LABEL_TRUST, with_labels
 from align.ensemble.majority import Majority
 from align.ensemble.mean import Mean
-from align.ensemble.normalise import binarise, normalise, row_spread
+from align.ensemble.normalise import binarise, normalise, row_mean, row_spread
 from align.ensemble.table import VerdictTable
 from align.recipe import Ensemble
 from align.records import Sample, Score
@@ -71,55 +75,98 @@ def combine(table: VerdictTable, settings: Ensemble, labels: Mapping[str, bool] 
     """P(good), reward and the estimates of this round's table.
 
     `labels` says of some samples, by the id they have in `table.ids`, whether they are good; ids that are not in the
-    table are passed over.
+    table are passed over.  A labelled sample's P(good) is its label.
     """
-    method, fit, why, warnings = _choose(table, settings)
+    known = _on_rows(table, labels)
     values = normalise(table)
+    choice, p_good = _choose(table, settings, known)
+    warnings = choice.warnings + near_constant(table) + choice.fit.warnings
+    tpr, tnr = _all_rates(table, choice.fit, p_good)
+    warnings += collapsed(p_good, settings.class_balance)
+    warnings += two_camps(table.names, tpr, tnr, p_good, row_mean(values))
+    if known is not None:
+        warnings += against_labels(choice.fit.p_good, known)
+    diagnostics = {**choice.fit.diagnostics, **describe(table, choice, p_good, settings)}
+    if settings.method == "auto" and known is None and choice.method != "mean":
+        p_good = cautious(p_good, diagnostics["effective_verifiers"], float(len(choice.table.names)))
+    warnings += wrong_balance(settings.class_balance, diagnostics)
     return Combined(
-        p_good=fit.p_good,
-        reward=fit.p_good,
+        p_good=p_good,
+        reward=p_good,
         spread=row_spread(values),
         voters=(~np.isnan(table.values)).sum(axis=1),
-        method=method,
-        why=why,
-        class_balance=fit.balance,
-        estimates=_estimates(table, fit),
-        warnings=warnings + near_constant(table) + fit.warnings,
-        diagnostics=fit.diagnostics,
+        method=choice.method,
+        why=choice.why,
+        class_balance=diagnostics.get("balance", choice.fit.balance),
+        estimates=_estimates(table, choice.fit.balance, tpr, tnr),
+        warnings=tuple(dict.fromkeys(warnings)),
+        diagnostics=diagnostics,
     )
 
 
-def _choose(table: VerdictTable, settings: Ensemble) -> tuple[str, Fit, str, tuple[str, ...]]:
-    """The method that is used, its fit, the reason, and a warning where it is not the one that was asked for."""
-    mean = METHODS["mean"](settings)
+def _on_rows(table: VerdictTable, labels: Mapping[str, bool] | None) -> np.ndarray | None:
+    """[N] of 1, 0 and NaN; none where no sample of the table is labelled."""
+    if not labels:
+        return None
+    if not table.ids:
+        raise ValueError("labels are found by sample id, and this table has no ids")
+    known = np.array([labels.get(i, np.nan) for i in table.ids], dtype=float)
+    return None if np.isnan(known).all() else known
+
+
+def _choose(table: VerdictTable, settings: Ensemble, labels: np.ndarray | None) -> tuple[Choice, np.ndarray]:
+    """The method that is used, its fit and reason, and P(good)."""
     if settings.method == "auto":
-        return "mean", mean.fit(table), "auto: without labels the mean is the method that fails least", ()
-    if settings.method != "dawid_skene":
-        return settings.method, METHODS[settings.method](settings).fit(table), "the recipe asks for it", ()
+        choice = without_labels(table, settings)
+        if labels is not None:
+            return with_labels(table, choice, settings, labels)
+        return choice, choice.fit.p_good
+    model = METHODS[settings.method](settings)
+    if settings.method == "dawid_skene":
+        choice = _supported(table, model, settings, labels)
+    else:
+        choice = Choice(settings.method, model.fit(table, labels), "the recipe asks for it", (), table, model)
+    p_good = choice.fit.p_good
+    if labels is not None:
+        p_good = np.where(np.isnan(labels), p_good, np.where(labels > 0.5, LABEL_TRUST, 1.0 - LABEL_TRUST))
+    return choice, p_good
+
+
+def _supported(table: VerdictTable, model: LabelModel, settings: Ensemble, labels: np.ndarray | None) -> Choice:
+    """Dawid-Skene where the verifiers bear it out, else the mean with a warning."""
+    mean = METHODS["mean"](settings)
     speaking = len(channels(table))
     if speaking < 3:
         why = f"Dawid-Skene needs three verifiers or families that speak, and {speaking} did: the mean is used"
-        return "mean", mean.fit(table), why, (why,)
-    fit = METHODS["dawid_skene"](settings).fit(table)
+        return Choice("mean", mean.fit(table), why, (why,), table, mean)
+    fit = model.fit(table, labels)
     if fit.diagnostics["support"] < MIN_SUPPORT:
         why = (
             f"Dawid-Skene followed one source against the rest (support {fit.diagnostics['support']:.2f}, needed "
             f"{MIN_SUPPORT}): the mean is used; verifiers that share a source of error should share a `family`"
         )
-        return "mean", mean.fit(table), why, (why,)
-    return "dawid_skene", fit, "the recipe asks for it, and the other verifiers bear its fit out", ()
+        return Choice("mean", mean.fit(table), why, (why,), table, mean)
+    why = "the recipe asks for it, and the other verifiers bear its fit out"
+    return Choice("dawid_skene", fit, why, (), table, model)
 
 
-def _estimates(table: VerdictTable, fit: Fit) -> tuple[VerifierEstimate, ...]:
-    votes = binarise(table, fit.balance)
+def _all_rates(table: VerdictTable, fit: Fit, p_good: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """TPR and TNR [M] of every verifier of the table, those that the model left out included."""
+    if len(fit.tpr) == len(table.names):
+        return fit.tpr, fit.tnr
+    return weighted_rates(binarise(table, float(np.clip(fit.balance, 0.01, 0.99))), p_good, pseudo=2.0, tilt=0.7)
+
+
+def _estimates(table: VerdictTable, balance: float, tpr: np.ndarray, tnr: np.ndarray) -> tuple[VerifierEstimate, ...]:
+    votes = binarise(table, balance)
     heard = ~np.isnan(votes)
     positive = np.where(heard, votes, 0.0).sum(axis=0) / np.maximum(heard.sum(axis=0), 1)
     return tuple(
         VerifierEstimate(
             name=name,
-            accuracy=float(fit.balance * fit.tpr[j] + (1.0 - fit.balance) * fit.tnr[j]),
-            tpr=float(fit.tpr[j]),
-            tnr=float(fit.tnr[j]),
+            accuracy=float(balance * tpr[j] + (1.0 - balance) * tnr[j]),
+            tpr=float(tpr[j]),
+            tnr=float(tnr[j]),
             coverage=float(heard[:, j].mean()) if len(heard) else 0.0,
             positive_rate=float(positive[j]),
             failures=dict(table.failures[j]) if table.failures else {},

@@ -4,7 +4,7 @@ Dawid and Skene, "Maximum likelihood estimation of observer error-rates using th
 usual care: pseudo-votes that tilt each verifier to better than chance, a start from the mean verdict and never from
 chance, log-space, and a silent verifier left out of the product rather than counted as a no.
 
-Legend: N samples, M verifiers, C channels, U distinct rows, L levels of all channels together.
+Legend: N samples, M verifiers, C channels, U distinct rows (patterns.py), L levels of all channels together.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from align.ensemble.base import Fit, shrink, sigmoid, weighted_rates
 from align.ensemble.channels import Channel, channels
 from align.ensemble.diagnostics import join_kin, residual_dependence, support_of_others, worse_than_chance
 from align.ensemble.normalise import binarise, normalise, row_mean
+from align.ensemble.patterns import patterns
+from align.ensemble.prepare import explained_variance, learning_sets, within_prompts
 from align.ensemble.table import VerdictTable
 
 TILT = 0.7  # share of a verifier's pseudo-votes that are right; MeTaL's starting precision
@@ -48,23 +50,27 @@ class Em:
 
 @dataclass(frozen=True, slots=True)
 class DawidSkene:
-    """P(good) by naive Bayes over the channels, with rates from EM and each channel held to odds of e^4."""
+    """P(good) by naive Bayes over the channels, with rates from EM and each channel held to odds of e^4.
+
+    `careful` is for a round that nobody has looked at: see prepare.py.
+    """
 
     pseudo: float
     balance: float | None = None
     max_iterations: int = 200
+    careful: bool = False
 
-    def fit(self, table: VerdictTable) -> Fit:
+    def fit(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
         """The fit; where the other verifiers do not bear it out, again with the leader's closest kin in its family.
 
         EM's usual mistake is to take an error that a few verifiers share for the answer.  Then one of them leads, and
         the one most correlated with it is the likeliest to share.  A fit that stays unsupported is returned as it was.
         """
-        first = fit = self._fit_once(table)
+        first = fit = self._fit_once(table, labels)
         joined = table
         while fit.diagnostics["support"] < MIN_SUPPORT and len(channels(joined)) > MIN_SOURCES:
             joined = join_kin(joined, int(fit.diagnostics["leader"]))
-            fit = self._fit_once(joined)
+            fit = self._fit_once(joined, labels)
         if fit.diagnostics["support"] < MIN_SUPPORT:
             return first
         if joined is table:
@@ -73,12 +79,9 @@ class DawidSkene:
         said = f"{', '.join(kin)} were taken for one source: apart they outvote the rest; declare them one `family`"
         return replace(fit, warnings=fit.warnings + (said,))
 
-    def _fit_once(self, table: VerdictTable) -> Fit:
-        made = channels(table)
+    def _fit_once(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
         voters = (~np.isnan(table.values)).sum(axis=1)
-        start = np.nan_to_num(shrink(row_mean(normalise(table)), voters, self.pseudo), nan=0.5)
-        em = expectation_maximisation(made, start, self)
-        evidence = channel_log_odds(made, em, MAX_LOG_ODDS)  # [N, C]
+        made, em, evidence, learnt = self.learn(table, labels)
         p_good = sigmoid(np.log(em.balance) - np.log1p(-em.balance) + evidence.sum(axis=1))
         p_good = np.where(voters > 0, p_good, np.nan)
         votes = binarise(table, em.balance)
@@ -92,7 +95,7 @@ class DawidSkene:
                 f"{one} and {other} agree in a way that the model does not explain (residual correlation "
                 f"{residual:.2f}): if they share a source of error, give them the same `family`",
             )
-        leader, support = support_of_others(table, made, evidence, p_good)
+        leader, support = support_of_others(table, made, evidence, p_good, learnt)
         diagnostics = {
             "iterations": float(em.iterations),
             "converged": float(em.converged),
@@ -102,35 +105,61 @@ class DawidSkene:
         }
         return Fit(p_good, em.balance, tpr, tnr, diagnostics, warnings)
 
+    def learn(
+        self, table: VerdictTable, labels: np.ndarray | None = None
+    ) -> tuple[list[Channel], Em, np.ndarray, np.ndarray]:
+        """The channels as weighted, where EM ended, the evidence [N, C], and which channels were learnt from [C]."""
+        made = channels(table, silence=self.careful)
+        voters = (~np.isnan(table.values)).sum(axis=1)
+        start = np.nan_to_num(shrink(row_mean(normalise(table)), voters, self.pseudo), nan=0.5)
+        if not self.careful:
+            em = expectation_maximisation(made, start, self, labels)
+            return made, em, channel_log_odds(made, em, MAX_LOG_ODDS), np.ones(len(made), dtype=bool)
+        fits = []
+        for heard in learning_sets(made, table.kinds):
+            listened = [c if h else replace(c, weight=0.0) for c, h in zip(made, heard, strict=True)]
+            em = expectation_maximisation(listened, start, self, labels)
+            fits.append((explained_variance(made, em.good, em.bad, em.balance), em, heard))
+        _, em, heard = max(fits, key=lambda fit: fit[0])
+        evidence = channel_log_odds(made, em, MAX_LOG_ODDS)
+        factors = [1.0 if h else within_prompts(evidence[:, c], em.p_good, table.prompts) for c, h in enumerate(heard)]
+        made = [replace(c, weight=c.weight * f) for c, f in zip(made, factors, strict=True)]
+        return made, em, channel_log_odds(made, em, MAX_LOG_ODDS), heard
 
-def expectation_maximisation(made: Sequence[Channel], start: np.ndarray, model: DawidSkene) -> Em:
-    """EM to the posterior mode from P(good) = `start` [N].
 
-    Equal rows are counted once.  A silent channel points at one spare slot whose log-probability is 0 in both classes.
-    With weights other than 1 the likelihood is a composite one; each round of EM still raises it.
+def expectation_maximisation(
+    made: Sequence[Channel], start: np.ndarray, model: DawidSkene, labels: np.ndarray | None = None
+) -> Em:
+    """EM to the posterior mode from P(good) = `start` [N]; labelled samples (1, 0, else NaN) stay at their label.
+
+    Works on vote patterns.  A channel with weight 0 is learnt about and not learnt from.  With weights other than 1 the
+    likelihood is a composite one; each round of EM still raises it.
     """
-    slots, counts, inverse = _distinct_rows(made)
+    marks = None if labels is None else np.where(np.isnan(labels), 2, labels).astype(np.int64)
+    table = patterns([c.codes for c in made], [len(c.levels) for c in made], marks)
+    held = np.full(len(table.counts), np.nan) if labels is None else table.rows(labels)  # [U]
     segment = np.repeat(np.arange(len(made)), [len(c.levels) for c in made])  # [L] channel of each slot
     level = np.concatenate([c.levels for c in made])
     weight = np.array([c.weight for c in made])[segment]  # [L]
     prior_good, prior_bad = (_pseudo_votes(x, segment, model.pseudo) for x in (level, 1.0 - level))
-    total = np.bincount(slots.ravel(), np.tile(counts, len(made)), len(level) + 1)[:-1]
-    p_good = np.bincount(inverse, start, len(counts)) / counts  # [U]
-    balance = model.balance
+    total = table.votes(np.ones(len(table.counts)))
+    p_good = np.where(np.isnan(held), table.rows(start), held)  # [U]
+    balance, counts = model.balance, table.counts
     known = balance is not None
     previous, posterior, converged, iterations = -np.inf, -np.inf, False, 0
     while iterations < model.max_iterations and not converged:
         iterations += 1
-        good_votes = np.bincount(slots.ravel(), np.tile(counts * p_good, len(made)), len(level) + 1)[:-1]
+        good_votes = table.votes(p_good)
         good = _rates(good_votes + prior_good, segment)
         bad = _rates(total - good_votes + prior_bad, segment)
         if not known:
             balance = float((counts @ p_good + BALANCE_PSEUDO) / (counts.sum() + 2 * BALANCE_PSEUDO))
         assert balance is not None
-        log_good = np.log(balance) + _log_likelihood(good, weight, slots)
-        log_bad = np.log1p(-balance) + _log_likelihood(bad, weight, slots)
-        p_good = sigmoid(log_good - log_bad)
-        posterior = float(counts @ np.logaddexp(log_good, log_bad))
+        log_good = np.log(balance) + table.sums(weight * np.log(good))
+        log_bad = np.log1p(-balance) + table.sums(weight * np.log(bad))
+        p_good = np.where(np.isnan(held), sigmoid(log_good - log_bad), held)
+        mixed = np.logaddexp(log_good, log_bad)
+        posterior = float(counts @ np.where(np.isnan(held), mixed, np.where(held > 0.5, log_good, log_bad)))
         posterior += float(prior_good @ np.log(good) + prior_bad @ np.log(bad))
         if not known:
             posterior += BALANCE_PSEUDO * float(np.log(balance) + np.log1p(-balance))
@@ -139,7 +168,7 @@ def expectation_maximisation(made: Sequence[Channel], start: np.ndarray, model: 
     ends = np.cumsum([len(c.levels) for c in made])[:-1]
     assert balance is not None
     rates = tuple(np.split(good, ends)), tuple(np.split(bad, ends))
-    return Em(p_good[inverse], balance, *rates, posterior, iterations, converged)
+    return Em(table.samples(p_good), balance, *rates, posterior, iterations, converged)
 
 
 def channel_log_odds(made: Sequence[Channel], em: Em, limit: float) -> np.ndarray:
@@ -155,21 +184,6 @@ def channel_log_odds(made: Sequence[Channel], em: Em, limit: float) -> np.ndarra
     return np.column_stack(columns)
 
 
-def _distinct_rows(made: Sequence[Channel]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Slots [C, U] into the levels of all channels, how often each row occurs [U], and which row each sample is [N]."""
-    codes = np.column_stack([c.codes for c in made]).astype(np.int16)
-    sizes = np.array([len(c.levels) + 1 for c in made])
-    if np.log2(sizes).sum() < 62:  # a row fits one integer, which sorts several times faster
-        keys = (codes + 1) @ np.append(1, np.cumprod(sizes[:-1]))
-        _, first, inverse, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
-        rows = codes[first]
-    else:
-        rows, inverse, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
-    offsets = np.cumsum([0] + [len(c.levels) for c in made])
-    slots = np.where(rows < 0, offsets[-1], rows + offsets[:-1])
-    return np.ascontiguousarray(slots.T), counts.astype(float), inverse.ravel()
-
-
 def _pseudo_votes(favour: np.ndarray, segment: np.ndarray, pseudo: float) -> np.ndarray:
     """[L]: `pseudo` votes per channel, most on the levels that speak for the class; two levels get 0.7 and 0.3."""
     weight = 1.0 - TILT + (2.0 * TILT - 1.0) * favour
@@ -180,8 +194,3 @@ def _rates(votes: np.ndarray, segment: np.ndarray) -> np.ndarray:
     """[L]: votes as shares of their channel; a floor keeps the logarithm finite where the prior is switched off."""
     votes = np.maximum(votes, 1e-12)
     return votes / np.bincount(segment, votes)[segment]
-
-
-def _log_likelihood(rates: np.ndarray, weight: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """[U]: log P(row | class), each channel's share times its weight."""
-    return np.append(weight * np.log(rates), 0.0)[slots].sum(axis=0)

@@ -14,6 +14,8 @@ from align.ensemble.channels import Channel
 from align.ensemble.normalise import normalise, row_mean
 from align.ensemble.table import VerdictTable
 
+EDGE = 0.03  # share of the responses on one side of one half that counts as none
+BELOW_CHANCE = 0.1  # 1 - (TPR + TNR) from which a verifier contradicts the answer
 MIN_VARIANCE = 0.02  # of a vote: at least 2% say the rarer thing
 
 
@@ -40,10 +42,10 @@ def worse_than_chance(names: Sequence[str], tpr: np.ndarray, tnr: np.ndarray) ->
     return ()
 
 
-def residual_dependence(
+def residual_correlations(
     table: VerdictTable, votes: np.ndarray, balance: float, tpr: np.ndarray, tnr: np.ndarray
-) -> tuple[float, str, str]:
-    """The largest |correlation - explained correlation| between two verifiers of different families, and their names.
+) -> np.ndarray:
+    """[M, M]: correlation of two verifiers that the classes do not explain; 0 in a family and on the diagonal.
 
     Given the class, votes should be independent, and then Cov(i, j) = pi (1 - pi) D_i D_j with D = TPR + TNR - 1.
     Verifiers that nearly always say the same are left out: there is nothing to correlate.
@@ -56,18 +58,69 @@ def residual_dependence(
         covariance = yes.T @ yes / both - first * first.T
         spread = np.sqrt(first * (1.0 - first))
         power = tpr + tnr - 1.0
-        left_over = np.abs(covariance - balance * (1.0 - balance) * np.outer(power, power)) / (spread * spread.T)
+        left_over = (covariance - balance * (1.0 - balance) * np.outer(power, power)) / (spread * spread.T)
     family = np.array([name or str(j) for j, name in enumerate(table.families)])
     left_over[(family[:, None] == family[None, :]) | ~(spread * spread.T > MIN_VARIANCE)] = 0.0
-    left_over = np.minimum(left_over, 1.0)
+    return np.clip(left_over, -1.0, 1.0)
+
+
+def residual_dependence(
+    table: VerdictTable, votes: np.ndarray, balance: float, tpr: np.ndarray, tnr: np.ndarray
+) -> tuple[float, str, str]:
+    """The largest |correlation - explained correlation| between two verifiers of different families, and their names."""
+    left_over = np.abs(residual_correlations(table, votes, balance, tpr, tnr))
     i, j = np.unravel_index(int(left_over.argmax()), left_over.shape)
     return float(left_over[i, j]), table.names[int(i)], table.names[int(j)]
 
 
+def effective_number(residual: np.ndarray, count: int) -> float:
+    """M^2 / sum r^2 with r the residual correlations [M, M] of verifiers, 1 with themselves, less what chance gives.
+
+    M where their errors are independent, 1 where they all say the same; `count` responses give r^2 of 1 / count by
+    chance.
+    """
+    square = np.maximum(residual**2 - 1.0 / max(count, 1), 0.0)
+    np.fill_diagonal(square, 1.0)
+    return float(len(residual) ** 2 / square.sum())
+
+
+def collapsed(p_good: np.ndarray, balance: float | None) -> tuple[str, ...]:
+    """A sentence where nearly every response ends on one side of one half although no class balance explains it."""
+    known = p_good[~np.isnan(p_good)]
+    if not len(known):
+        return ("no response has a verdict",)
+    share = float((known > 0.5).mean())
+    if EDGE < share < 1.0 - EDGE or (balance is not None and abs(share - balance) < 0.1):
+        return ()
+    side = "good" if share > 0.5 else "not good"
+    return (f"collapse: {max(share, 1 - share):.1%} of the responses come out {side}; the cut at one half says little",)
+
+
+def two_camps(
+    names: Sequence[str], tpr: np.ndarray, tnr: np.ndarray, p_good: np.ndarray, mean: np.ndarray
+) -> tuple[str, ...]:
+    """Sentences where the answer may be upside down: it contradicts the mean verdict, or a large camp contradicts it."""
+    said = []
+    both = ~(np.isnan(p_good) | np.isnan(mean))
+    if both.sum() > 2 and np.ptp(p_good[both]) > 0 and np.ptp(mean[both]) > 0:
+        if np.corrcoef(p_good[both], mean[both])[0, 1] < 0:
+            said.append("upside down: the answer contradicts the mean verdict, so good and bad may be swapped")
+    below = [name for name, a, b in zip(names, tpr, tnr, strict=True) if a + b < 1.0 - BELOW_CHANCE]
+    if len(below) * 4 >= len(names) and len(below) * 2 <= len(names):
+        told = ", ".join(below[:6]) + (" …" if len(below) > 6 else "")
+        said.append(
+            f"two camps: {told} contradict the rest; if they are the ones that are right, the answer is upside down, "
+            "and only labels can tell"
+        )
+    return tuple(said)
+
+
 def support_of_others(
-    table: VerdictTable, made: Sequence[Channel], evidence: np.ndarray, p_good: np.ndarray
+    table: VerdictTable, made: Sequence[Channel], evidence: np.ndarray, p_good: np.ndarray, learnt: np.ndarray
 ) -> tuple[int, float]:
     """One column of the leading channel, and how well the verifiers that are not its kin bear the fit out.
+
+    `learnt` [C] marks the channels that the fit was made from; only those are asked.
 
     EM can take an error that a few verifiers share for the answer; "good" is then what one channel says, and only its
     kin agree.  So the leader (the channel that separates the classes most) and the family most correlated with it
@@ -81,12 +134,13 @@ def support_of_others(
     good = np.nan_to_num(p_good)
     bad = (~np.isnan(p_good)).astype(float) - good
     apart = good / max(good.sum(), 1e-12) - bad / max(bad.sum(), 1e-12)
-    leader = made[int(np.argmax(apart @ evidence))].columns[0]
+    leader = made[int(np.argmax(np.where(learnt, apart @ evidence, -np.inf)))].columns[0]
+    asked = [j for channel, heard in zip(made, learnt, strict=True) if heard for j in channel.columns]
     values = normalise(table)
     names = _source_names(table)
     aside = {names[leader], names[_closest_kin(values, names, leader)]}
-    rest = [j for j, name in enumerate(names) if name not in aside]
-    support = min(_separation(row_mean(values[:, columns]), good, bad) for columns in (rest, list(range(len(names)))))
+    rest = [j for j in asked if names[j] not in aside]
+    support = min(_separation(row_mean(values[:, columns]), good, bad) for columns in (rest, asked))
     return leader, support
 
 

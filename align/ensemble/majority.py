@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from align.ensemble.base import Fit
 from align.ensemble.mean import fit_shared
 from align.ensemble.normalise import binarise
@@ -20,5 +22,5 @@ class Majority:
     pseudo: float
     balance: float | None = None
 
-    def fit(self, table: VerdictTable) -> Fit:
+    def fit(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
         return fit_shared(table, binarise(table, self.balance), self.pseudo, self.balance)

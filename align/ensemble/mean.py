@@ -22,7 +22,7 @@ class Mean:
     pseudo: float  # verifiers that say one half, added to every response
     balance: float | None = None
 
-    def fit(self, table: VerdictTable) -> Fit:
+    def fit(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
         values = normalise(table)
         return fit_shared(table, values, self.pseudo, self.balance)
 

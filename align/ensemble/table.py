@@ -52,9 +52,7 @@ class VerdictTable:
         return self.names[int(where.any(axis=0).argmax())]
 
 
-def from_records(
-    samples: Sequence[Sample], verdicts: Sequence[Verdict], specs: Sequence[VerifierSpec]
-) -> VerdictTable:
+def from_records(samples: Sequence[Sample], verdicts: Sequence[Verdict], specs: Sequence[VerifierSpec]) -> VerdictTable:
     """The table of these samples, rows in their order, one column per verifier of the recipe in its order."""
     row = {sample.id: i for i, sample in enumerate(samples)}
     column = {spec.name: j for j, spec in enumerate(specs)}

@@ -1,0 +1,206 @@
+"""Probabilities that mean what they say: from labels where there are any, cautious where there are none.
+
+With labels: Platt's two numbers, fitted to out-of-fold scores, so that no label judges a score it helped to make.  A
+handful of labelled prompts says little of how many responses are good, so the class balance is read from the unlabelled
+ones by the EM of Saerens et al. (2002).  Responses to one prompt share its difficulty; a distribution of difficulty
+over the prompts, fitted without parameters (Laird 1978), gives each response the evidence of its siblings.
+
+Legend: N samples, L labelled samples, G prompts, P points of the grid of difficulties.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from align.ensemble.base import logit, sigmoid
+
+MAX_LOGIT = 6.0  # no calibrated probability is beyond odds of e^6
+FINE = 1e-13  # how near 0 and 1 raw probabilities are told apart: the order is kept
+MAX_UNSEEN = 4.0  # and none that no label has seen, beyond e^4
+GRID = 41
+MANY_LABELS = 1000  # from here on isotonic regression has enough to go by
+SLOPE_PRIOR = 4.0  # strength of the pull of the slope to 1, in units of the log loss
+OFFSET_PRIOR = 2.0  # strength of the pull of the offset to 0
+BALANCE_BIAS = 0.07  # how far the EM of the class balance may be off where the model is only nearly right
+
+
+@dataclass(frozen=True, slots=True)
+class Platt:
+    """P(good) = sigmoid(slope x logit + offset).
+
+    Example: Platt(slope=0.6, offset=-0.1, balance=0.4)
+    """
+
+    slope: float
+    offset: float
+    balance: float  # class balance of the labels that it was fitted to
+
+    def __call__(self, p_good: np.ndarray) -> np.ndarray:
+        """[N] raw -> [N] calibrated."""
+        return sigmoid(soft_limit(self.slope * logit(p_good, FINE) + self.offset, MAX_LOGIT))
+
+
+def soft_limit(log_odds: np.ndarray, limit: float) -> np.ndarray:
+    """limit x tanh(x / limit): never beyond the limit, and no two values made equal."""
+    return limit * np.tanh(log_odds / limit)
+
+
+def platt(p_good: np.ndarray, labels: np.ndarray) -> Platt:
+    """Slope and offset of least log loss on [L], both pulled to leaving it as it is (Platt 1999).
+
+    Newton's method on (slope, offset) of sum log(1 + exp(-+z)) + SLOPE_PRIOR/2 (slope - 1)^2 + OFFSET_PRIOR/2 offset^2.
+    The slope is kept above 0.
+    """
+    x = logit(p_good, FINE)
+    slope, offset = 1.0, 0.0
+    smooth = (labels * (len(labels) + 1.0) + 0.5) / (len(labels) + 2.0)  # Platt's targets: never quite 0 or 1
+    for _ in range(60):
+        q = sigmoid(slope * x + offset)
+        w, gap = q * (1.0 - q), q - smooth
+        gradient = np.array([gap @ x + SLOPE_PRIOR * (slope - 1.0), gap.sum() + OFFSET_PRIOR * offset])
+        curvature = np.array([[w @ (x * x) + SLOPE_PRIOR, w @ x], [w @ x, w.sum() + OFFSET_PRIOR]])
+        step = np.linalg.solve(curvature, gradient)
+        scale = min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
+        slope, offset = slope - scale * step[0], offset - scale * step[1]
+        if float(np.abs(step).max()) < 1e-9:
+            break
+    share = float((labels.sum() + 1.0) / (len(labels) + 2.0))
+    return Platt(float(max(slope, 0.02)), float(offset), share)
+
+
+def isotonic(p_good: np.ndarray, labels: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The rising step function of least squared error on [L], read at the probabilities `at`.
+
+    Pool adjacent violators (Ayer et al. 1955), linear between the middles of the pools.
+    """
+    order = np.argsort(p_good, kind="stable")
+    pools: list[list[float]] = []  # [labels, count, sum of x]
+    for x, y in zip(p_good[order].tolist(), labels[order].tolist(), strict=True):
+        pools.append([y, 1.0, x])
+        while len(pools) > 1 and pools[-2][0] * pools[-1][1] >= pools[-1][0] * pools[-2][1]:
+            last = pools.pop()
+            pools[-1] = [a + b for a, b in zip(pools[-1], last, strict=True)]
+    middle = np.array([x / n for _, n, x in pools])
+    height = np.array([(y + 0.5) / (n + 1.0) for y, n, _ in pools])  # a pool of one kind is not certain
+    return np.where(np.isnan(at), np.nan, np.interp(at, middle, np.maximum.accumulate(height)))
+
+
+def shift_balance(
+    p_good: np.ndarray, balance: float, sources: float = np.inf, rounds: int = 200
+) -> tuple[np.ndarray, float]:
+    """P(good) [N] and the class balance, once the balance is that of these samples and not that of the labels.
+
+    EM of Saerens, Latinne and Decaestecker (2002): q = p-odds x (pi' odds / pi odds), pi' = mean q, until it settles.
+    The labels' own share stays in pi' with the weight b^2 / (b^2 + 1 / (4 sources)): b is the bias that the EM may
+    have, and the other term the variance of a share over so many labelled prompts.
+    """
+    present = ~np.isnan(p_good)
+    evidence = logit(p_good[present]) - logit(np.array(balance))
+    own = 0.0 if np.isinf(sources) else BALANCE_BIAS**2 / (BALANCE_BIAS**2 + 0.25 / max(sources, 1.0))
+    share = balance
+    for _ in range(rounds if len(evidence) else 0):
+        found = float(sigmoid(evidence + logit(np.array(share))).mean())
+        now = float(np.clip((1.0 - own) * found + own * balance, 1e-3, 1.0 - 1e-3))
+        moved, share = abs(now - share), now
+        if moved < 1e-7:
+            break
+    shifted = np.full(len(p_good), np.nan)
+    shifted[present] = sigmoid(evidence + logit(np.array(share)))
+    return shifted, share
+
+
+def share_difficulty(p_good: np.ndarray, balance: float, prompts: np.ndarray, rounds: int = 100) -> np.ndarray:
+    """P(good) [N] with what the other responses to the prompt say of its difficulty.
+
+    y ~ Bernoulli(d) with d the prompt's own success rate, d from a grid whose weights are fitted to all prompts by EM;
+    then q = E[d e^x / (d e^x + 1 - d)] with x the sample's evidence, over the posterior of d given the whole prompt.
+    The order within a prompt stays.
+    """
+    present = ~np.isnan(p_good)
+    out = p_good.copy()
+    if not present.any():
+        return out
+    _, group = np.unique(prompts[present], return_inverse=True)
+    if np.bincount(group).max() < 2:
+        return out
+    odds = np.exp(logit(p_good[present], 1e-4) - logit(np.array(balance)))  # likelihood ratio
+    grid = (np.arange(GRID) + 0.5) / GRID
+    count = int(group.max()) + 1
+    fit = np.zeros((count, GRID))
+    for k, d in enumerate(grid):
+        fit[:, k] = np.bincount(group, np.log1p(d * (odds - 1.0)), count)
+    fit = np.exp(fit - fit.max(axis=1, keepdims=True))
+    weight = np.full(GRID, 1.0 / GRID)
+    for _ in range(rounds):
+        posterior = fit * weight
+        posterior /= posterior.sum(axis=1, keepdims=True)
+        weight = (posterior.sum(axis=0) + 1.0 / GRID) / (count + 1.0)
+    found = np.zeros(len(odds))
+    for k, d in enumerate(grid):
+        found += posterior[group, k] * (d * odds / (d * odds + 1.0 - d))
+    out[present] = found
+    return out
+
+
+def cautious(p_good: np.ndarray, effective: float, voters: float) -> np.ndarray:
+    """P(good) where no label can check it: log-odds times effective / nominal number of verifiers, at most e^4 odds.
+
+    A posterior that takes M verifiers for independent is too sure by about M / M_eff in log-odds.  The order and the
+    side of one half stay.
+    """
+    factor = float(np.clip(effective / max(voters, 1.0), 0.2, 1.0))
+    return sigmoid(soft_limit(factor * logit(p_good, FINE), MAX_UNSEEN))
+
+
+@dataclass(frozen=True, slots=True)
+class PairProbability:
+    """P(win), P(tie), P(loss) of a pair from the P(good) of its two responses.
+
+    P(win) = (q_a (1 - q_b) - c)+ and P(loss) = (q_b (1 - q_a) - c)+ with c = correlation x sqrt(q_a (1 - q_a) q_b
+    (1 - q_b)), the covariance of two responses to one prompt beyond what their scores say.  With correlation 0 that is
+    the product rule of pairs.py.
+
+    Example: PairProbability(0.0)(0.9, 0.2) == (0.72, 0.26, 0.02)
+    """
+
+    correlation: float = 0.0
+
+    def __call__(self, better: float, worse: float) -> tuple[float, float, float]:
+        shared = self.correlation * (better * (1.0 - better) * worse * (1.0 - worse)) ** 0.5
+        win, loss = max(0.0, better * (1.0 - worse) - shared), max(0.0, worse * (1.0 - better) - shared)
+        return win, max(0.0, 1.0 - win - loss), loss
+
+
+def fit_pairs(p_good: np.ndarray, labels: np.ndarray, prompts: np.ndarray) -> PairProbability:
+    """The correlation of least log loss over (win, tie, loss) on all labelled pairs of one prompt [L].
+
+    Found on a grid, and pulled to 0 by a prior worth ten pairs.
+    """
+    a, b = pairs_within(prompts)
+    if len(a) < 20:
+        return PairProbability()
+    q, r = p_good[a], p_good[b]
+    root = np.sqrt(q * (1 - q) * r * (1 - r))
+    best, least = 0.0, np.inf
+    for rho in np.linspace(-0.3, 0.9, 49):
+        win = np.clip(q * (1 - r) - rho * root, 1e-4, 1.0)
+        loss = np.clip(r * (1 - q) - rho * root, 1e-4, 1.0)
+        tie = np.clip(1.0 - win - loss, 1e-4, 1.0)
+        told = np.where(labels[a] > labels[b], win, np.where(labels[a] < labels[b], loss, tie))
+        cost = float(-np.log(told).sum() + 10.0 * rho**2)
+        if cost < least:
+            best, least = float(rho), cost
+    return PairProbability(best)
+
+
+def pairs_within(prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of all pairs of samples that answer one prompt."""
+    first, second = [], []
+    for prompt in np.unique(prompts):
+        rows = np.flatnonzero(prompts == prompt)
+        i, j = np.triu_indices(len(rows), 1)
+        first.append(rows[i])
+        second.append(rows[j])
+    return np.concatenate(first), np.concatenate(second)

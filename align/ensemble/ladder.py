@@ -1,0 +1,208 @@
+"""The gate with labels: every rung scored on held-out prompts, the winner calibrated on the same held-out scores.
+
+Legend: N samples, L labelled samples, R rungs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from align.ensemble.base import Fit, LabelModel, logit
+from align.ensemble.calibrate import MANY_LABELS, isotonic, platt, share_difficulty, shift_balance
+from align.ensemble.dawid_skene import DawidSkene
+from align.ensemble.gate import Choice, take
+from align.ensemble.gaussian import GaussianEM
+from align.ensemble.labelled import BestSingle, NaiveBayes
+from align.ensemble.logistic import Logistic, enough
+from align.ensemble.mean import Mean
+from align.ensemble.table import VerdictTable
+from align.recipe import Ensemble
+
+FOLDS = 5
+MIN_LABELS = 8  # fewer held-out labels cannot tell rungs apart
+UNLABELLED_ROWS = 4_000  # unlabelled rows that a held-out fit sees; the final fit sees all
+SCORED = 400  # labelled rows that rungs are compared on
+RESAMPLES = 100
+SURE = 1.0  # standard errors by which a rung must beat what would be used without labels
+WITHIN_PAIRS = 10  # pairs of a good and a bad response to one prompt before those are scored apart
+LABEL_TRUST = 0.999  # P(good) of a sample labelled good: above all that is only inferred
+MAX_MATRIX = 200  # verifiers beyond which a full covariance is not tried
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A label model on the ladder.
+
+    Example: Rung(Logistic(1.0), learns=True)
+    """
+
+    model: LabelModel
+    learns: bool  # from labels, so that its score must be held out
+
+
+def rungs(table: VerdictTable, chosen: Choice, settings: Ensemble) -> dict[str, Rung]:
+    """The ladder for this table; the first is what would be used without labels."""
+    count, width = table.values.shape
+    shrink = float(np.clip(0.1 + 2.0 * width / count, 0.1, 0.5))
+    rounds, balance = min(settings.max_iterations, 60), settings.class_balance
+    careful = DawidSkene(settings.prior_strength, balance, rounds, careful=True)
+    ladder = {
+        chosen.method: Rung(chosen.model, False),
+        "mean": Rung(Mean(settings.prior_strength, balance), False),
+        "best_single": Rung(BestSingle(), True),
+        "logistic": Rung(Logistic(1.0), True),
+        "naive_bayes": Rung(NaiveBayes(settings.prior_strength, balance), True),
+        "anchored": Rung(careful, True),
+    }
+    if width <= MAX_MATRIX:
+        ladder["anchored_gaussian"] = Rung(GaussianEM(balance, shrink, rounds), True)
+    if all(kind == "score" for kind in table.kinds):
+        ladder["gaussian"] = Rung(GaussianEM(balance, None, rounds), False)
+        del ladder["anchored"]  # the Gaussian one is its like, and far quicker
+    return ladder
+
+
+def with_labels(
+    table: VerdictTable, chosen: Choice, settings: Ensemble, labels: np.ndarray
+) -> tuple[Choice, np.ndarray]:
+    """The rung that held-out labels pick, and its calibrated P(good) [N]; labelled samples stand at their label.
+
+    `chosen` is what would be used without labels.
+    """
+    known = ~np.isnan(labels)
+    told = np.where(labels > 0.5, LABEL_TRUST, 1.0 - LABEL_TRUST)
+    if known.sum() < MIN_LABELS or not enough(labels):
+        kind = f"{int(known.sum())} labels" if enough(labels) else "labels of one class only"
+        why = f"{chosen.why}; {kind} cannot choose between models or calibrate one"
+        return replace(chosen, why=why), np.where(known, told, chosen.fit.p_good)
+    lean = chosen.table
+    ladder = rungs(lean, chosen, settings)
+    rows, held_out = _held_out(lean, ladder, labels)
+    scores, errors = _compare(held_out, labels[rows], lean.prompts[rows], chosen.method)
+    first = chosen.method
+    best = max(scores, key=lambda name: scores[name])
+    if scores[best] - scores[first] <= SURE * errors[best]:
+        best = first
+    fit = ladder[best].model.fit(lean, labels if ladder[best].learns else None)
+    p_good, diagnostics, steps = calibrated(fit, held_out[best], labels, lean.prompts, settings)
+    why = _say(scores, errors, best, first, int(known.sum()), len(np.unique(lean.prompts[known]))) + f"; {steps}"
+    warnings = chosen.warnings
+    if scores[first] < 0.5 - errors.get(best, 0.0) and best != first:
+        warnings += (f"upside down: without labels {first} would have ranked bad responses above good ones",)
+    if scores[best] < 0.55:
+        warnings += (f"no rung tells good from bad on held-out labels (best {best}, {scores[best]:.2f}; chance 0.50)",)
+    diagnostics = {**fit.diagnostics, **diagnostics, **{f"held_out/{name}": value for name, value in scores.items()}}
+    fit = replace(fit, diagnostics=diagnostics)
+    choice = Choice(best, fit, why, warnings, lean, ladder[best].model)
+    return choice, np.where(known, told, p_good)
+
+
+def calibrated(
+    fit: Fit, held_out: np.ndarray, known: np.ndarray, prompts: np.ndarray, settings: Ensemble
+) -> tuple[np.ndarray, dict[str, float], str]:
+    """P(good) [N] calibrated on held-out scores [L] of the samples whose label is `known` [N], how, and in words."""
+    raw, labels = np.nan_to_num(held_out, nan=fit.balance), known[~np.isnan(known)]
+    if len(labels) >= MANY_LABELS:
+        p_good = isotonic(raw, labels, fit.p_good)
+        balance = float((labels.sum() + 1.0) / (len(labels) + 2.0))
+        told = {"calibration/labels": float(len(labels))}
+        said = f"isotonic regression on {len(labels)} held-out scores"
+    else:
+        curve = platt(raw, labels)
+        p_good, balance = curve(fit.p_good), curve.balance
+        told = {"calibration/slope": curve.slope, "calibration/offset": curve.offset}
+        said = f"log-odds times {curve.slope:.2f} by Platt scaling on {len(labels)} held-out scores"
+    if settings.class_balance is not None:
+        p_good, balance = shift_to(p_good, balance, settings.class_balance), settings.class_balance
+    else:
+        sources = float(len(np.unique(prompts[~np.isnan(known)])))
+        p_good, balance = shift_balance(p_good, balance, sources)
+    return share_difficulty(p_good, balance, prompts), {**told, "balance": balance}, said
+
+
+def shift_to(p_good: np.ndarray, balance: float, known: float) -> np.ndarray:
+    """P(good) under a class balance that is known instead of the labels' own."""
+    moved = logit(p_good) + logit(np.array(known)) - logit(np.array(balance))
+    return 1.0 / (1.0 + np.exp(-moved))
+
+
+def _held_out(
+    table: VerdictTable, ladder: Mapping[str, Rung], labels: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The labelled rows [L] and each rung's P(good) there, by models that saw no label of the same prompt."""
+    rng = np.random.default_rng(0)
+    known, free = np.flatnonzero(~np.isnan(labels)), np.flatnonzero(np.isnan(labels))
+    some = np.sort(rng.choice(free, min(len(free), UNLABELLED_ROWS), replace=False))
+    rows = np.concatenate([known, some])
+    part, truth, own = take(table, rows), labels[rows], np.arange(len(known))
+    prompts = np.unique(table.prompts[known])
+    fold_of = dict(zip(prompts.tolist(), (rng.permutation(len(prompts)) % FOLDS).tolist(), strict=True))
+    fold = np.array([fold_of[p] for p in table.prompts[known].tolist()])
+    found = {}
+    for name, rung in ladder.items():
+        if not rung.learns:
+            found[name] = rung.model.fit(part).p_good[own]
+            continue
+        out = np.full(len(known), np.nan)
+        for f in np.unique(fold):
+            shown = truth.copy()
+            shown[own[fold == f]] = np.nan
+            if enough(shown):
+                out[fold == f] = rung.model.fit(part, shown).p_good[own[fold == f]]
+        found[name] = out
+    return known, found
+
+
+def _compare(
+    held_out: Mapping[str, np.ndarray], labels: np.ndarray, prompts: np.ndarray, first: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Each rung's held-out score, and the standard error of its lead on `first` over resampled prompts.
+
+    The score is the chance that a good response stands above a bad one; where prompts have several labelled responses,
+    the mean of that over all pairs and over pairs of one prompt, since pairs are what training sees.
+    """
+    rng = np.random.default_rng(0)
+    rows = np.arange(len(labels)) if len(labels) <= SCORED else np.sort(rng.choice(len(labels), SCORED, replace=False))
+    y, group = labels[rows], np.unique(prompts[rows], return_inverse=True)[1]
+    good, bad = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
+    same = group[good][:, None] == group[bad][None]
+    wins = {}
+    for name, p_good in held_out.items():
+        x = np.nan_to_num(p_good[rows], nan=0.5)
+        wins[name] = 0.5 + 0.5 * np.sign(x[good][:, None] - x[bad][None])
+    within = same.sum() >= WITHIN_PAIRS
+    groups = int(group.max()) + 1
+    draws = np.vstack([np.ones(groups), rng.multinomial(groups, np.full(groups, 1.0 / groups), RESAMPLES)])
+    table = {
+        name: np.array([_score(win, same, within, d[group], good, bad) for d in draws]) for name, win in wins.items()
+    }
+    scores = {name: float(values[0]) for name, values in table.items()}
+    floor = 0.5 / max(min(len(good), len(bad)), 1)  # one response ranked otherwise; perfect ranks have no spread
+    errors = {name: float(np.hypot(np.nanstd(values[1:] - table[first][1:]), floor)) for name, values in table.items()}
+    return scores, errors
+
+
+def _score(
+    win: np.ndarray, same: np.ndarray, within: bool, weight: np.ndarray, good: np.ndarray, bad: np.ndarray
+) -> float:
+    """Weighted share of pairs won; NaN where a resample has none."""
+    pairs = weight[good][:, None] * weight[bad][None]
+    total = pairs.sum()
+    if total == 0:
+        return np.nan
+    overall = float((pairs * win).sum() / total)
+    inner = (pairs * same).sum()
+    return (overall + float((pairs * same * win).sum() / inner)) / 2 if within and inner > 0 else overall
+
+
+def _say(
+    scores: Mapping[str, float], errors: Mapping[str, float], best: str, first: str, labels: int, prompts: int
+) -> str:
+    told = ", ".join(f"{name} {value:.3f}" for name, value in sorted(scores.items(), key=lambda x: -x[1]))
+    head = f"auto: {best} on {labels} labels of {prompts} prompts (held-out ranking: {told})"
+    if best == first:
+        return f"{head}; no rung is surely better than it, and it is what would be used without labels"
+    return f"{head}; it leads {first}, used without labels, by {scores[best] - scores[first]:.3f} (standard error {errors[best]:.3f})"

@@ -86,7 +86,7 @@ WRONG = [
     ("training: {gradient_checkpointing: no}", "5:12: training.gradient_checkpointing: expects true or false, not 'no"),
     ("training: {gradient_checkpointing: on}", "5:12: training.gradient_checkpointing: expects true or false, not 'on"),
     ("training: {gradient_checkpointing: 1}", "5:12: training.gradient_checkpointing: expects true or false, not 1"),
-    ("training: {algorithm: dop}", "5:12: training.algorithm: expects dpo, the only choice, not 'dop', did you mean d"),
+    ("training: {algorithm: dop}", "5:12: training.algorithm: expects one of dpo, ppo, grpo, "),
     ("training: {zero_stage: 4}", "5:12: training.zero_stage: expects one of 0, 1, 2, 3, not 4"),
     ("training: {zero_stage: true}", "5:12: training.zero_stage: expects one of 0, 1, 2, 3, not true"),
     ("training: {zero_stage: '2'}", "5:12: training.zero_stage: expects one of 0, 1, 2, 3, not '2'"),

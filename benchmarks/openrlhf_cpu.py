@@ -51,15 +51,19 @@ def load() -> None:
                 setattr(module, thing, _unused)
             sys.modules[name] = module
 
+    import deepspeed
+    import openrlhf.trainer.dpo_trainer  # noqa: F401  before memory is counted
     import openrlhf.utils.deepspeed.deepspeed as strategy
     import openrlhf.utils.utils as utils
 
     given, real_mesh = utils.convert_to_torch_dtype, strategy.init_device_mesh
     utils.convert_to_torch_dtype = lambda name: torch.float32 if name == "fp32" else given(name)
     if not torch.cuda.is_available():
+        # DeepSpeed would compile a shared-memory all-reduce for inference; this project's side leaves it out as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.cuda.set_device = lambda device: None
         torch.cuda.synchronize = lambda device=None: None
-        torch.cuda.current_device = lambda: 0
+        torch.cuda.current_device = lambda: "cpu"
         strategy.init_device_mesh = lambda kind, *args, **kwargs: real_mesh("cpu", *args, **kwargs)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,7 +1,7 @@
 """Every trainer on the arithmetic task: same starting models, same verifiers, same number of samples, three seeds.
 
-    python benchmarks/arithmetic_trainers.py                        # every recipe of the task, seeds 0 1 2
-    python benchmarks/arithmetic_trainers.py --recipes dpo ppo --seeds 0
+    python benchmarks/arithmetic_trainers.py                        # every recipe of the task and every variant
+    python benchmarks/arithmetic_trainers.py --only quickstart ppo --seeds 0
 
 For each seed the quickstart's cold start is made once; every recipe then starts from it, so differences are the
 trainers' own.  Runs go one per core and stay in `--output`, where a second call finds them finished.  Accuracy is on
@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -30,18 +31,48 @@ from benchmarks.common import Row, print_report
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "quickstart"
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ipo": (BASE, ("training.loss.name=ipo", "training.loss.beta=0.1")),
+    "simpo": (BASE, ("training.loss.name=simpo", "training.loss.beta=2", "training.reference=none")),
+    "orpo": (BASE, ("training.loss.name=orpo", "training.loss.beta=0.5", "training.reference=none")),
+    "gdpo": (BASE, ("training.loss.name=gdpo",)),
+    "dr_dpo": (BASE, ("training.loss.name=dr_dpo",)),
+    "plackett_luce": ("lipo", ("training.loss.name=plackett_luce",)),
+    "gpo": ("lipo", ("training.loss.name=gpo", "training.reference=round")),
+    "nsr": ("w_reinforce", ("training.algorithm=nsr",)),
+    "psr": ("w_reinforce", ("training.algorithm=psr",)),
+    "unlikelihood": ("w_reinforce", ("training.algorithm=unlikelihood", "training.learning_rate=1e-4")),
+    "pairwise_grpo": ("grpo", ("training.algorithm=pairwise_grpo",)),
+    "p3o": ("grpo", ("training.algorithm=p3o", "training.rl.kl.place=reward")),
+    "filter": ("best_of_n", ("training.loss.name=filter",)),
+    "rwr": ("best_of_n", ("training.loss.name=rwr",)),
+    "awr": ("best_of_n", ("training.loss.name=awr",)),
+    "mml": ("best_of_n", ("training.loss.name=mml",)),
+    "quark": ("best_of_n", ("training.loss.name=quark",)),
+    "masked_thought": ("best_of_n", ("training.loss.name=masked_thought",)),
+    "unlikelihood_sft": ("best_of_n", ("training.loss.name=unlikelihood_sft",)),
+}
+"""Losses without a recipe of their own: the recipe that is changed, and how."""
 METRICS = ("accuracy", "pass@8", "kl", "entropy")
 
 
-def task_recipes() -> dict[str, Path]:
-    """The recipes of the arithmetic task that start from the quickstart's model."""
+@dataclass(frozen=True)
+class Trainer:
+    """A recipe and what is changed in it."""
+
+    path: Path
+    overrides: tuple[str, ...] = ()
+
+
+def task_trainers() -> dict[str, Trainer]:
+    """The recipes of the arithmetic task that start from the quickstart's model, and their variants."""
     start = load_recipe(ROOT / "recipes" / f"{BASE}.yaml")
     found = {}
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         recipe = load_recipe(path)
         if recipe.policy == start.policy and recipe.cold_start == start.cold_start and recipe.prompts == start.prompts:
-            found[recipe.name] = path
-    return found
+            found[recipe.name] = Trainer(path)
+    return found | {name: Trainer(found[base].path, changes) for name, (base, changes) in VARIANTS.items()}
 
 
 def budget(recipe: Recipe) -> int:
@@ -73,34 +104,36 @@ def make_start(seed: int, output: Path) -> Path:
     return directory
 
 
-def run_one(path: Path, name: str, seed: int, start: Path, core: int, output: Path) -> dict[str, Any]:
+def run_one(trainer: Trainer, name: str, seed: int, start: Path, core: int, output: Path) -> dict[str, Any]:
     """One training run; its summary."""
     run = f"{name}-{seed}"
     settings = [
         f"seed={seed}", f"name={run}", f"output_dir={output}", f"policy.model={start}", "policy.from_scratch=null",
         "cold_start=null", "evaluation.every=1000", "training.zero_stage=0",
     ]  # fmt: skip
-    align(["run", str(path), "--ranks", "1", *settings], core, output / f"{run}.log")
+    align(["run", str(trainer.path), "--ranks", "1", *settings, *trainer.overrides], core, output / f"{run}.log")
     found: dict[str, Any] = json.loads((output / run / "summary.json").read_text())
     return found
 
 
-def run_all(recipes: dict[str, Path], seeds: Sequence[int], output: Path) -> dict[str, list[dict[str, Any]]]:
-    """Summaries by recipe, in the order of the seeds; as many runs at once as there are cores."""
+def run_all(
+    trainers: dict[str, Trainer], seeds: Sequence[int], output: Path, workers: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Summaries by trainer, in the order of the seeds."""
     starts = {seed: make_start(seed, output) for seed in seeds}
     cores: Queue[int] = Queue()
-    for core in sorted(os.sched_getaffinity(0)):
+    for core in sorted(os.sched_getaffinity(0))[-workers:]:
         cores.put(core)
 
     def job(name: str, seed: int) -> dict[str, Any]:
         core = cores.get()
         try:
-            return run_one(recipes[name], name, seed, starts[seed], core, output)
+            return run_one(trainers[name], name, seed, starts[seed], core, output)
         finally:
             cores.put(core)
 
     with ThreadPoolExecutor(cores.qsize()) as pool:
-        jobs = {name: [pool.submit(job, name, seed) for seed in seeds] for name in recipes}
+        jobs = {name: [pool.submit(job, name, seed) for seed in seeds] for name in trainers}
         return {name: [future.result() for future in futures] for name, futures in jobs.items()}
 
 
@@ -115,7 +148,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     def value(summary: dict[str, Any], when: str, metric: str) -> float:
         return float(summary["evaluation"][when][metric]["value"])
 
-    lines = ["| recipe | " + " | ".join(METRICS) + " | gain | seconds |", "|---" * (len(METRICS) + 3) + "|"]
+    lines = ["| trainer | " + " | ".join(METRICS) + " | gain | seconds |", "|---" * (len(METRICS) + 3) + "|"]
     first = next(iter(found.values()))
     cells = [spread([value(s, "before", m) for s in first]) for m in METRICS]
     lines.append(f"| before | {' | '.join(cells)} | | |")
@@ -129,19 +162,20 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def main() -> None:
-    known = task_recipes()
+    known = task_trainers()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="*", default=sorted(known), choices=sorted(known), metavar="NAME")
+    parser.add_argument("--only", nargs="*", default=sorted(known), choices=sorted(known), metavar="NAME")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at once, a core each")
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic_trainers"))
     asked = parser.parse_args()
     output: Path = asked.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    chosen = {name: known[name] for name in asked.recipes}
-    budgets = {name: budget(load_recipe(path)) for name, path in chosen.items()}
+    chosen = {name: known[name] for name in asked.only}
+    budgets = {name: budget(load_recipe(t.path, t.overrides)) for name, t in chosen.items()}
     if len(set(budgets.values())) > 1:
         raise SystemExit(f"the recipes draw different numbers of samples: {budgets}")
-    found = run_all(chosen, asked.seeds, output)
+    found = run_all(chosen, asked.seeds, output, asked.workers)
     print(f"{next(iter(budgets.values()))} samples per run, seeds {asked.seeds}; mean ± standard deviation\n")
     print("\n".join(table(found)))
     rows = []

@@ -174,12 +174,21 @@ class Sampling(Block):
 class Ensemble(Block):
     """How the verdicts on one response become P(good) and a reward."""
 
-    method: Literal["auto", "mean", "majority", "dawid_skene"] = "auto"
-    """`mean` of rank-normalised scores, `majority` vote, or `dawid_skene` EM. `auto` is the mean."""
+    method: Literal[
+        "auto", "mean", "majority", "moments", "matched_moments", "triplets", "dawid_skene", "one_coin", "gaussian",
+        "gaussian_full", "naive_bayes", "logistic", "best_single", "weaver",
+    ] = "auto"  # fmt: skip
+    """`auto` lets labels, or without them the verifiers' own agreement, choose; the others are one label model each."""
     class_balance: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of good responses where it is known; otherwise estimated."""
     prior_strength: NonNegative = 2.0
     """Pseudo-votes of the Beta priors that tilt each verifier to better than chance."""
+    covariance_shrinkage: Fraction = 0.1
+    """How far `gaussian_full` shrinks the covariance within a class to its diagonal."""
+    ridge: NonNegative = 5.0
+    """L2 penalty of `logistic`."""
+    clusters: Count = 1
+    """Groups of prompts by their number of distinct answers; `weaver` fits each alone."""
     max_iterations: Count = 200
     """Rounds of EM at most."""
     min_voters: Count = 1

@@ -17,20 +17,33 @@ from align.ensemble.dawid_skene import MIN_SUPPORT, DawidSkene
 from align.ensemble.describe import against_labels, describe, wrong_balance
 from align.ensemble.diagnostics import collapsed, near_constant, two_camps
 from align.ensemble.gate import Choice, without_labels
+from align.ensemble.gaussian import GaussianEM
+from align.ensemble.labelled import BestSingle, NaiveBayes
 from align.ensemble.ladder import LABEL_TRUST, with_labels
+from align.ensemble.logistic import Logistic
 from align.ensemble.majority import Majority
 from align.ensemble.mean import Mean
+from align.ensemble.moments import MatchedMoments, Moments, Triplets
 from align.ensemble.normalise import binarise, normalise, row_mean, row_spread
 from align.ensemble.table import VerdictTable
+from align.ensemble.weaver import Weaver
 from align.recipe import Ensemble
 from align.records import Sample, Score
 
 METHODS: dict[str, Callable[[Ensemble], LabelModel]] = {
-    "mean": lambda settings: Mean(settings.prior_strength, settings.class_balance),
-    "majority": lambda settings: Majority(settings.prior_strength, settings.class_balance),
-    "dawid_skene": lambda settings: DawidSkene(
-        settings.prior_strength, settings.class_balance, settings.max_iterations
-    ),
+    "mean": lambda s: Mean(s.prior_strength, s.class_balance),
+    "majority": lambda s: Majority(s.prior_strength, s.class_balance),
+    "moments": lambda s: Moments(s.class_balance),
+    "matched_moments": lambda s: MatchedMoments(s.class_balance),
+    "triplets": lambda s: Triplets(s.class_balance),
+    "dawid_skene": lambda s: DawidSkene(s.prior_strength, s.class_balance, s.max_iterations),
+    "one_coin": lambda s: DawidSkene(s.prior_strength, s.class_balance, s.max_iterations, one_coin=True),
+    "gaussian": lambda s: GaussianEM(s.class_balance, None, s.max_iterations),
+    "gaussian_full": lambda s: GaussianEM(s.class_balance, s.covariance_shrinkage, s.max_iterations),
+    "naive_bayes": lambda s: NaiveBayes(s.prior_strength, s.class_balance),
+    "logistic": lambda s: Logistic(s.ridge),
+    "best_single": lambda s: BestSingle(),
+    "weaver": lambda s: Weaver(s.class_balance, s.clusters),
 }
 
 

@@ -59,6 +59,7 @@ class DawidSkene:
     balance: float | None = None
     max_iterations: int = 200
     careful: bool = False
+    one_coin: bool = False  # each two-level channel is right with one probability, whatever the class
 
     def fit(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
         """The fit; where the other verifiers do not bear it out, again with the leader's closest kin in its family.
@@ -152,6 +153,8 @@ def expectation_maximisation(
         good_votes = table.votes(p_good)
         good = _rates(good_votes + prior_good, segment)
         bad = _rates(total - good_votes + prior_bad, segment)
+        if model.one_coin:
+            good, bad = _one_coin(made, good_votes + prior_good, total - good_votes + prior_bad)
         if not known:
             balance = float((counts @ p_good + BALANCE_PSEUDO) / (counts.sum() + 2 * BALANCE_PSEUDO))
         assert balance is not None
@@ -188,6 +191,21 @@ def _pseudo_votes(favour: np.ndarray, segment: np.ndarray, pseudo: float) -> np.
     """[L]: `pseudo` votes per channel, most on the levels that speak for the class; two levels get 0.7 and 0.3."""
     weight = 1.0 - TILT + (2.0 * TILT - 1.0) * favour
     return pseudo * weight / np.bincount(segment, weight)[segment]
+
+
+def _one_coin(made: Sequence[Channel], good: np.ndarray, bad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[L] each: as _rates, with P(yes | good) = P(no | not good) where a channel has two levels."""
+    first, rates = 0, ([], [])  # type: ignore[var-annotated]
+    for channel in made:
+        span = slice(first, first + len(channel.levels))
+        first = span.stop
+        g, b = good[span], bad[span]
+        if len(channel.levels) == 2:
+            g = b[::-1] + g
+            b = g[::-1]
+        for out, votes in zip(rates, (g, b), strict=True):
+            out.append(np.maximum(votes, 1e-12) / np.maximum(votes, 1e-12).sum())
+    return np.concatenate(rates[0]), np.concatenate(rates[1])
 
 
 def _rates(votes: np.ndarray, segment: np.ndarray) -> np.ndarray:

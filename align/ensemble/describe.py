@@ -38,7 +38,7 @@ def describe(table: VerdictTable, choice: Choice, p_good: np.ndarray, settings: 
 
 
 def balance_interval(choice: Choice, p_good: np.ndarray) -> tuple[float, float]:
-    """A 95% interval of the share of good responses: the answer's, and what two halves of the prompts say by themselves.
+    """A 95% interval of the share of good responses: the answer's share, and what two halves of the prompts say.
 
     Half the gap between the halves estimates the standard error of the whole, the model's own uncertainty included;
     that of a share over so many prompts is the least it can be.  What a wrong model gets wrong in both halves is not

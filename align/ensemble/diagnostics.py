@@ -67,7 +67,7 @@ def residual_correlations(
 def residual_dependence(
     table: VerdictTable, votes: np.ndarray, balance: float, tpr: np.ndarray, tnr: np.ndarray
 ) -> tuple[float, str, str]:
-    """The largest |correlation - explained correlation| between two verifiers of different families, and their names."""
+    """The largest |residual correlation| between two verifiers of different families, and their names."""
     left_over = np.abs(residual_correlations(table, votes, balance, tpr, tnr))
     i, j = np.unravel_index(int(left_over.argmax()), left_over.shape)
     return float(left_over[i, j]), table.names[int(i)], table.names[int(j)]
@@ -99,7 +99,7 @@ def collapsed(p_good: np.ndarray, balance: float | None) -> tuple[str, ...]:
 def two_camps(
     names: Sequence[str], tpr: np.ndarray, tnr: np.ndarray, p_good: np.ndarray, mean: np.ndarray
 ) -> tuple[str, ...]:
-    """Sentences where the answer may be upside down: it contradicts the mean verdict, or a large camp contradicts it."""
+    """Sentences where the answer may be upside down: it contradicts the mean verdict, or a large camp does so."""
     said = []
     both = ~(np.isnan(p_good) | np.isnan(mean))
     if both.sum() > 2 and np.ptp(p_good[both]) > 0 and np.ptp(mean[both]) > 0:

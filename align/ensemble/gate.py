@@ -142,5 +142,5 @@ def _rows(table: VerdictTable, most: int) -> VerdictTable:
 
 def take(table: VerdictTable, rows: np.ndarray) -> VerdictTable:
     """These rows of the table."""
-    ids = tuple(table.ids[i] for i in rows.tolist()) if table.ids else ()
-    return replace(table, values=table.values[rows], prompts=table.prompts[rows], ids=ids)
+    ids, answers = (tuple(x[i] for i in rows.tolist()) if x else () for x in (table.ids, table.answers))
+    return replace(table, values=table.values[rows], prompts=table.prompts[rows], ids=ids, answers=answers)

@@ -205,4 +205,5 @@ def _say(
     head = f"auto: {best} on {labels} labels of {prompts} prompts (held-out ranking: {told})"
     if best == first:
         return f"{head}; no rung is surely better than it, and it is what would be used without labels"
-    return f"{head}; it leads {first}, used without labels, by {scores[best] - scores[first]:.3f} (standard error {errors[best]:.3f})"
+    lead = f"{scores[best] - scores[first]:.3f} (standard error {errors[best]:.3f})"
+    return f"{head}; it leads {first}, used without labels, by {lead}"

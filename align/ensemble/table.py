@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.records import Sample, Verdict
+from align.verifiers.extract import last_boxed, last_number
 from align.verifiers.registry import KINDS, kind_of
 from align.verifiers.spec import VerifierSpec
 
@@ -35,12 +36,13 @@ class VerdictTable:
     failures: tuple[Mapping[str, int], ...] = ()  # [M] how often each reason stands for a missing verdict
     whole_prompts: tuple[bool, ...] = ()  # [M] judges a prompt's responses by each other; empty: none does
     ids: tuple[str, ...] = ()  # [N] sample ids, by which labels are found; empty: nothing can be labelled
+    answers: tuple[str, ...] = ()  # [N] the final answer that a response gives, "" where there is none; empty: unknown
 
     def __post_init__(self) -> None:
         n, m = self.values.shape
         assert len(self.names) == len(self.kinds) == len(self.families) == m and self.prompts.shape == (n,)
         assert len(self.failures) in (0, m) and set(self.kinds) <= {"binary", "score"}
-        assert len(self.whole_prompts) in (0, m) and len(self.ids) in (0, n)
+        assert len(self.whole_prompts) in (0, m) and len(self.ids) in (0, n) and len(self.answers) in (0, n)
         if np.isinf(self.values).any():
             raise ValueError(f"verifier {self._first_column(np.isinf(self.values))!r} gave an infinite value")
         binary = np.array([kind == "binary" for kind in self.kinds], dtype=bool)
@@ -88,4 +90,5 @@ def from_records(samples: Sequence[Sample], verdicts: Sequence[Verdict], specs: 
         failures=tuple(dict(counter) for counter in failures),
         whole_prompts=tuple(spec.kind in KINDS and KINDS[spec.kind].whole_prompts for spec in specs),
         ids=tuple(row),
+        answers=tuple(last_boxed(sample.text) or last_number(sample.text) or "" for sample in samples),
     )

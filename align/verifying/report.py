@@ -3,7 +3,7 @@
 The two never mix.  An estimate sees the votes and the labels that were asked for; the truth is measured on gold that
 the ensemble did not see, and nothing is decided by it.
 
-Legend: N items, M verifiers, B bins.
+Legend: N items, M verifiers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 from align.ensemble.combine import Combined
 from align.ensemble.normalise import binarise, normalise, row_mean
 from align.ensemble.table import VerdictTable
+from align.evaluation.calibration import brier, expected_calibration_error, reliability
 from align.evaluation.report import accuracy, auc
 
-BINS = 10
 BLOCK_ROWS = 200_000
 TWO_SIDED = 1.96  # standard errors of a 95% interval
 MIN_SPREAD = 1e-9
@@ -148,23 +148,16 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def calibration(p_good: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
-    """ECE = sum over bins of share x |mean P(good) - share good|, the Brier score, and the bins, ten of equal width.
+    """Expected calibration error and Brier score of P(good), and the reliability curve with intervals.
 
     Items without a P(good) are left out.
     """
-    known = ~np.isnan(p_good)
-    p, gold = p_good[known], truth[known]
-    if not len(p):
-        return {"ece": None, "brier": None, "bins": []}
-    index = np.minimum((p * BINS).astype(int), BINS - 1)
-    bins, error = [], 0.0
-    for b in np.unique(index):
-        here = index == b
-        share, mean = float(gold[here].mean()), float(p[here].mean())
-        low, high = wilson(share, int(here.sum()))
-        bins.append({"count": int(here.sum()), "p_good": mean, "good": share, "low": low, "high": high})
-        error += float(here.mean()) * abs(mean - share)
-    return {"ece": error, "brier": float(((p - gold) ** 2).mean()), "bins": bins}
+    curve = reliability(p_good, truth)
+    bins = []
+    for stated, observed, count in zip(curve.stated, curve.observed, curve.count, strict=True):
+        low, high = wilson(float(observed), int(count))
+        bins.append({"count": int(count), "p_good": float(stated), "good": float(observed), "low": low, "high": high})
+    return {"ece": expected_calibration_error(p_good, truth), "brier": brier(p_good, truth), "bins": bins}
 
 
 def selection(

@@ -1,7 +1,8 @@
 """A plain CSV of votes as arrays: `item,group,gold,<verifier…>`, read in chunks, every fault named at once.
 
 A vote is 1, 0, or blank where the verifier abstained.  A column whose name ends in `~` holds real-valued scores.
-`X` and `X#anything` are one judge asked in several ways, and so one family.
+Families are not read from names: a judge asked in both orders errs in opposite ways, and as two voices it does better
+than as one source (recipes/LOG.md).
 
 Legend: N items, M verifiers.
 """
@@ -32,7 +33,6 @@ CHUNK_ROWS = 50_000
 """Rows held as Python text at once."""
 NEEDED = ("item", "group", "gold")
 SCORE_MARK = "~"
-FAMILY_MARK = "#"
 ABSTAINED = -1
 ADVICE = (
     "a vote is 1, 0, or blank where the verifier abstained; a column of scores has a name that ends in ~; for more "
@@ -46,7 +46,7 @@ class Votes:
     """What a file of votes says.
 
     Example: Votes("v.csv", "ab…", items=pa.chunked_array([["a", "b"]]), groups=np.array([0, 0]),
-    gold=np.array([1.0, nan]), values=np.array([[1.0], [nan]]), names=("judge",), kinds=("binary",), families=("",),
+    gold=np.array([1.0, nan]), values=np.array([[1.0], [nan]]), names=("judge",), kinds=("binary",),
     group_names=pa.chunked_array([["q", "q"]]))
     """
 
@@ -59,11 +59,10 @@ class Votes:
     values: np.ndarray  # [N, M] float64, NaN where abstained
     names: tuple[str, ...]  # [M] without the mark of a score
     kinds: tuple[str, ...]  # [M] "binary" or "score"
-    families: tuple[str, ...]  # [M] blank for a verifier by itself
 
     def table(self) -> VerdictTable:
         """The votes as the ensemble takes them; nothing of `gold` goes in."""
-        return VerdictTable(self.values, self.names, self.kinds, self.families, self.groups)
+        return VerdictTable(self.values, self.names, self.kinds, ("",) * len(self.names), self.groups)
 
 
 def read_votes(path: Path) -> Votes:
@@ -264,7 +263,6 @@ class _Columns:
                 column = values[:, j]
                 column[column == ABSTAINED] = math.nan
         group_names = pa.chunked_array(self.text["group"])
-        plain = tuple(name.removesuffix(SCORE_MARK) for name in names)
         return Votes(
             source=str(self.path),
             sha256=digest,
@@ -273,9 +271,8 @@ class _Columns:
             groups=group_codes(group_names),
             gold=np.where(gold == ABSTAINED, np.float32(math.nan), gold.astype(np.float32)),
             values=values,
-            names=plain,
+            names=tuple(name.removesuffix(SCORE_MARK) for name in names),
             kinds=tuple("score" if name.endswith(SCORE_MARK) else "binary" for name in names),
-            families=families_of(plain),
         )
 
 
@@ -289,13 +286,6 @@ def group_codes(names: pa.ChunkedArray) -> np.ndarray:
     blank = pc.equal(names, "").to_numpy()
     codes[blank] = len(encoded.chunk(0).dictionary) + np.arange(int(blank.sum()), dtype=np.int32)
     return codes
-
-
-def families_of(names: Sequence[str]) -> tuple[str, ...]:
-    """`judge` for `judge` and `judge#swap`; blank for a verifier that is asked in one way only."""
-    stems = [name.split(FAMILY_MARK, 1)[0] for name in names]
-    shared = Counter(stems)
-    return tuple(stem if stem and shared[stem] > 1 else "" for stem in stems)
 
 
 def _vote(cell: str) -> float:

@@ -16,12 +16,14 @@ NAN = math.nan
 
 
 def test_calibration_by_hand() -> None:
-    """Two bins: .1 and .2 in [.1, .3) would be two bins of ten, so three: gaps .1, .8 and .15 with weights 1, 1, 2."""
+    """Four values, so four bins of one: gaps .1, .8, .38 and .68."""
     found = calibration(np.array([0.1, 0.2, 0.62, 0.68, NAN]), np.array([0.0, 1.0, 1.0, 0.0, 1.0]))
-    assert found["ece"] == pytest.approx((0.1 + 0.8 + 2 * 0.15) / 4)
+    assert found["ece"] == pytest.approx((0.1 + 0.8 + 0.38 + 0.68) / 4)
     assert found["brier"] == pytest.approx((0.01 + 0.64 + 0.1444 + 0.4624) / 4)
-    assert [b["count"] for b in found["bins"]] == [1, 1, 2] and found["bins"][2]["good"] == 0.5
-    assert calibration(np.array([1.0]), np.array([1.0]))["bins"][0]["p_good"] == 1.0  # 1 is in the last bin
+    assert [(b["count"], b["good"]) for b in found["bins"]] == [(1, 0.0), (1, 1.0), (1, 1.0), (1, 0.0)]
+    same = calibration(np.full(10, 0.7), np.array([1.0] * 6 + [0.0] * 4))["bins"]
+    low, high = wilson(0.6, 10)
+    assert same == [{"count": 10, "p_good": pytest.approx(0.7), "good": 0.6, "low": low, "high": high}]
     assert calibration(np.array([NAN]), np.array([1.0])) == {"ece": None, "brier": None, "bins": []}
 
 

@@ -23,7 +23,7 @@ from align.recipe import Ensemble
 from align.verify import verify_votes
 from align.verifying import votes as votes_module
 from align.verifying.labels import choose_labels
-from align.verifying.votes import ADVICE, families_of, read_votes
+from align.verifying.votes import ADVICE, read_votes
 
 ROOT = Path(__file__).parents[2]
 SMALL = "item,group,gold,judge,judge#swap,rm~\na,q,1,1,0,2.5\nb,q,0,,1,-1e3\nc,,,0,0,\n"
@@ -74,7 +74,6 @@ def test_every_spelling_of_a_file_gives_the_same_arrays(write: Callable[..., Pat
     assert found.items.to_pylist() == ["a", "b", "c"]
     assert found.names == ("judge", "judge#swap", "rm")
     assert found.kinds == ("binary", "binary", "score")
-    assert found.families == ("judge", "judge", "")
     np.testing.assert_array_equal(found.gold, [1, 0, NAN])
     np.testing.assert_array_equal(found.values, [[1, 0, 2.5], [NAN, 1, -1000], [0, 0, NAN]])
     assert found.groups.tolist() == [0, 0, 2]  # the blank group is number 1, which nobody has
@@ -95,10 +94,6 @@ def test_columns_may_stand_in_any_order_and_hold_any_text(write: Callable[..., P
     found = read_votes(write(text))
     assert found.names == ("=1+1", 'a, "b"') and found.items.to_pylist() == ["=cmd|'/c calc'!A1", "@SUM(A1)"]
     np.testing.assert_array_equal(found.values, [[1, 0], [NAN, 1]])
-
-
-def test_twins_are_a_family_only_where_there_are_two() -> None:
-    assert families_of(("x", "x#swap", "y#swap", "z", "#", "#1")) == ("x", "x", "", "", "", "")
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from align.errors import InputError
 from align.launcher import uses_gpu
-from align.model_files import check_model_dir, fingerprint, resolve_model
+from align.model_files import check_model_dir, fingerprint, on_the_hub, resolve_model
 from align.recipe import Recipe
 from align.sampling.environment import check_engine_settings
 from align.storage.durable import hash_file
@@ -18,9 +18,10 @@ from align.verifiers.spec import RewardModelSpec, VerifierSpec
 CPU_HEAD_DIM = 32
 
 
-def check_inputs(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
+def check_inputs(recipe: Recipe, *, download: bool = True) -> tuple[list[str], dict[str, str]]:
     """What the recipe names outside itself: remarks for the user, and hashes that a resumed run must find again.
 
+    Without `download` models on the hub are passed over: a plan wants their config.json only, and reads it itself.
     Raises InputError with every fault at once: model directory, engine settings, the files of every verifier.
     """
     remarks: list[str] = []
@@ -28,13 +29,18 @@ def check_inputs(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
     faults: list[str] = []
     policy, gold = recipe.policy, recipe.evaluation.gold
 
+    def here(model: str) -> bool:
+        return download or not on_the_hub(model)
+
     def model() -> None:
-        if policy.model is not None:
+        if policy.model is not None and here(policy.model):
             path = resolve_model(policy.model, policy.revision)
             check_model_dir(path)
             identity["model"] = fingerprint(path)
 
     def verifier(spec: VerifierSpec, where: str) -> None:
+        if isinstance(spec, RewardModelSpec) and not here(spec.model):
+            return
         remarks.extend(registry.check(spec, where))
         for key in ("file", "negative_file"):
             if getattr(spec, key, None) is not None:
@@ -57,7 +63,7 @@ def check_inputs(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
 
     def critic() -> None:
         settings = recipe.training.rl.critic
-        if settings.model is not None:
+        if settings.model is not None and here(settings.model):
             key = "training.rl.critic.model"
             path = resolve_model(settings.model, settings.revision, key=key)
             check_scorer(path, key)

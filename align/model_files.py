@@ -37,9 +37,16 @@ def resolve_model(model: str, revision: str | None = None, *, key: str = "policy
         return local.resolve()
     if local.exists():
         raise InputError(f"{key}: {model} is a file; give the directory that holds config.json and the weights")
-    if local.is_absolute() or model.startswith((".", "~")) or not _REPOSITORY.fullmatch(model):
+    if not on_the_hub(model):
         raise InputError(f"{key}: {model}: no such directory")
     return _download(model, revision, key)
+
+
+def on_the_hub(model: str) -> bool:
+    """Whether this can only be the name of a model on the hub: nothing here is called so, and it looks like one."""
+    path = Path(model).expanduser()
+    named = not path.is_absolute() and not model.startswith((".", "~")) and _REPOSITORY.fullmatch(model) is not None
+    return named and not path.exists()
 
 
 def _download(model: str, revision: str | None, key: str) -> Path:

@@ -86,7 +86,7 @@ def make_plan(
     `prompts` saves reading the source again; `machine` plans for another machine than this one.
     Raises InputError for a missing model, a bad prompt source, and whatever exceeds context, memory or disk.
     """
-    check_inputs(recipe)
+    check_inputs(recipe, download=False)
     deepspeed_config(recipe.training, recipe.policy.dtype, ranks)
     policy = policy_shape(recipe.policy)
     context = _context(recipe, policy)

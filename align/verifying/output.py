@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from align.storage.durable import TEMPORARY, make_directory, to_json, write_file
 SCORES, REPORT, TABLE, PLOT = "scores.parquet", "report.json", "verifiers.parquet", "verifiers.svg"
 OURS = (SCORES, REPORT, TABLE, PLOT)
 SHOWN_VERIFIERS = 40
+LINE_WIDTH = 116
 _TABLE_COLUMNS = (
     "accuracy", "low", "high", "tpr", "tnr", "coverage", "positive_rate", "seconds_per_1000", "true_accuracy",
     "true_low", "true_high", "true_tpr", "true_tnr", "judged",
@@ -90,8 +92,9 @@ def render(report: Mapping[str, Any]) -> list[str]:
     facts, labels = report["input"], report["labels"]
     told = f"{facts['items']:,} items in {facts['groups']:,} groups, {facts['verifiers']} verifiers"
     gold = f"gold on {facts['gold']:,}, shown to the ensemble: {labels['seen']:,}" if facts["gold"] else "no gold"
-    lines = [f"{facts['file']}: {told}; {gold}", f"method: {report['method']}", f"  {report['why']}"]
-    lines += [f"warning: {text}" for text in report["warnings"]]
+    lines = [f"{facts['file']}: {told}; {gold}", f"method: {report['method']}", *_folded(f"  {report['why']}")]
+    for text in report["warnings"]:
+        lines += _folded(f"warning: {text}")
     lines += ["", *_verifier_lines(report), ""]
     if report["correlated"]:
         pairs = ", ".join(
@@ -99,6 +102,11 @@ def render(report: Mapping[str, Any]) -> list[str]:
         )
         lines.append(f"errors most alike, estimated: {pairs}")
     return lines + _true_lines(report["true"])
+
+
+def _folded(text: str) -> list[str]:
+    """A sentence on lines of a terminal's width; a name is never broken."""
+    return textwrap.wrap(text, LINE_WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _verifier_lines(report: Mapping[str, Any]) -> list[str]:

@@ -88,8 +88,9 @@ def test_every_format_gives_the_same_scores_and_report(recipe: Recipe, tmp_path:
 
 
 def test_prompts_may_stand_apart_and_chunks_do_not_matter(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    recipe = load(RECIPE + "ensemble: {method: mean}\n")
     content = [{**row, "item": f"r{i}"} for i, row in enumerate(rows())]
     verify_responses(recipe, write(tmp_path / "a.jsonl", content), None, tmp_path / "a")
     monkeypatch.setattr(module, "CHUNK_ITEMS", 3)
@@ -141,7 +142,7 @@ def test_labels_on_evaluation_prompts_are_counted_named_and_not_shown(recipe: Re
     assert {name.split("=")[0] + "=" for name in report["labels"]["items"]} == set(chosen[2:])
     told = next(w for w in report["warnings"] if "evaluation prompts" in w)
     assert told.startswith("6 labels lie on 2 of the recipe's evaluation prompts and are not shown")
-    assert all(repr(text) in told for text in chosen[:2]) and f"warning: {told}" in lines
+    assert all(repr(text) in told for text in chosen[:2]) and f"warning: {told}" in " ".join(" ".join(lines).split())
     with pytest.raises(InputError, match="gold that may be used on 18 items"):
         verify_responses(recipe, path, 19, tmp_path / "out")
 

@@ -43,6 +43,8 @@ test: setup
 
 bench: setup
 	$(VENV)/bin/python benchmarks/dpo_vs_trl.py $(ARGS)
+	$(VENV)/bin/python benchmarks/rl_vs_trl.py $(ARGS)
+	$(VENV)/bin/python benchmarks/dpo_vs_openrlhf.py $(ARGS)
 
 # Runs are yours and stay.
 clean:

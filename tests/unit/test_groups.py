@@ -152,3 +152,18 @@ def test_flex_attention_sees_what_the_dense_mask_says() -> None:
     scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) / 4).masked_fill(~dense_mask(batch), float("-inf"))
     expected = scores.softmax(-1) @ value.repeat_interleave(2, 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups, st.integers(1, 60))
+def test_the_longest_comes_first_and_a_batch_is_as_wide_as_its_first_group(
+    given_groups: list[Group], budget: int
+) -> None:
+    """What does not fit into memory shows in the first batch, and groups of like length lie together."""
+    plans = plan_batches(given_groups, budget)
+    sizes = [g.tokens for g in given_groups]
+    assert plans[0].width == max(sizes) and given_groups[plans[0].rows[0][0]].tokens == max(sizes)
+    assert [p.width for p in plans] == sorted((p.width for p in plans), reverse=True)
+    for plan in plans:
+        opening = [sizes[row[0]] for row in plan.rows]
+        assert plan.width == opening[0] and opening == sorted(opening, reverse=True)

@@ -53,7 +53,15 @@ def write_votes(path: Path, rows: int, verifiers: int, scores: int) -> None:
 
 def measure(path: Path, labels: int | None) -> tuple[float, float]:
     """(processor seconds, peak MiB) of the command in a process of its own."""
-    code = "import resource, sys\nfrom align.cli import app\ntry:\n    app(sys.argv[1:])\n"
+    code = (
+        "import resource, sys\n"
+        "from align.cli import app\n"
+        "try:\n"
+        "    app(sys.argv[1:])\n"
+        "finally:\n"
+        "    used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "    print('USED', used.ru_utime + used.ru_stime, used.ru_maxrss, file=sys.stderr)\n"
+    )
     with tempfile.TemporaryDirectory() as out:
         extra = [] if labels is None else ["--labels", str(labels)]
         command = [sys.executable, "-c", code, "verify", "--votes", str(path), "--out", f"{out}/r", *extra]

@@ -179,7 +179,7 @@ class _Columns:
                 close = get_close_matches(name, others, n=1)
                 hint = f"did you mean it by {others[close[0]]!r}?" if close else "add it (gold may be blank)"
                 self.errors.add(f"{where}: no column {name!r}; {hint}")
-        for name, count in Counter(name.removesuffix(SCORE_MARK) for name in self.header).items():
+        for name, count in Counter(self.header).items():
             if count > 1:
                 self.errors.add(f"{where}: {count} columns are named {name!r}; give each a name of its own")
         blank = [k for k, name in enumerate(self.header, 1) if not name.removesuffix(SCORE_MARK)]
@@ -271,7 +271,7 @@ class _Columns:
             groups=group_codes(group_names),
             gold=np.where(gold == ABSTAINED, np.float32(math.nan), gold.astype(np.float32)),
             values=values,
-            names=tuple(name.removesuffix(SCORE_MARK) for name in names),
+            names=plain_names(names),
             kinds=tuple("score" if name.endswith(SCORE_MARK) else "binary" for name in names),
         )
 
@@ -286,6 +286,14 @@ def group_codes(names: pa.ChunkedArray) -> np.ndarray:
     blank = pc.equal(names, "").to_numpy()
     codes[blank] = len(encoded.chunk(0).dictionary) + np.arange(int(blank.sum()), dtype=np.int32)
     return codes
+
+
+def plain_names(header: Sequence[str]) -> tuple[str, ...]:
+    """The names without the mark of a score, which stays where a vote has the plain name.
+
+    Example: plain_names(("length", "length~", "rm~")) == ("length", "length~", "rm")
+    """
+    return tuple(n if n.removesuffix(SCORE_MARK) in header else n.removesuffix(SCORE_MARK) for n in header)
 
 
 def _vote(cell: str) -> float:

@@ -96,6 +96,11 @@ def test_columns_may_stand_in_any_order_and_hold_any_text(write: Callable[..., P
     np.testing.assert_array_equal(found.values, [[1, 0], [NAN, 1]])
 
 
+def test_a_vote_and_a_score_may_share_a_name(write: Callable[..., Path]) -> None:
+    found = read_votes(write("item,group,gold,length,length~,rm~\n1,,,1,7,0.5\n"))
+    assert found.names == ("length", "length~", "rm") and found.kinds == ("binary", "score", "score")
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -106,7 +111,7 @@ BAD = {
     "item,group,gold\n1,1,1\n": ":1: no verifier; add a column for each behind item, group, gold",
     "Item,group,a\n1,1,1\n": ":1: no column 'item'; did you mean it by 'Item'?",
     "item,group,a\n1,1,1\n": ":1: no column 'gold'; add it (gold may be blank)",
-    "item,group,gold,a,a~\n1,1,1,1,1\n": ":1: 2 columns are named 'a'; give each a name of its own",
+    "item,group,gold,a,a\n1,1,1,1,1\n": ":1: 2 columns are named 'a'; give each a name of its own",
     "item,group,gold,\n1,1,1,1\n": ":1: column 4 has no name; name it, or remove it",
     "item,group,gold,a\n1,1,1,1\n2,1,1\n": ":3: has 3 fields, the header names 4; quote a text",
     "item,group,gold,a\n1,1,1,1\n1,1,1,0\n": ":3: item: '1' stands on line 2 already; give each row a name",

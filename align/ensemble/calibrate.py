@@ -23,6 +23,7 @@ GRID = 41
 MANY_LABELS = 1000  # from here on isotonic regression has enough to go by
 SLOPE_PRIOR = 4.0  # strength of the pull of the slope to 1, in units of the log loss
 OFFSET_PRIOR = 2.0  # strength of the pull of the offset to 0
+FREE = 0.02  # share of those pulls for an opinion that is no likelihood
 BALANCE_BIAS = 0.07  # how far the EM of the class balance may be off where the model is only nearly right
 
 
@@ -47,27 +48,32 @@ def soft_limit(log_odds: np.ndarray, limit: float) -> np.ndarray:
     return limit * np.tanh(log_odds / limit)
 
 
-def platt(p_good: np.ndarray, labels: np.ndarray) -> Platt:
+def platt(p_good: np.ndarray, labels: np.ndarray, likelihood: bool = True) -> Platt:
     """Slope and offset of least log loss on [L], both pulled to leaving it as it is (Platt 1999).
 
     Newton's method on (slope, offset) of sum log(1 + exp(-+z)) + SLOPE_PRIOR/2 (slope - 1)^2 + OFFSET_PRIOR/2 offset^2.
-    The slope is kept above 0.
+    The slope is kept above 0.  An opinion that is no `likelihood`, such as a mean, has log-odds of arbitrary scale: it
+    is brought to standard deviation 1 about its mean first, and hardly pulled.
     """
-    x = logit(p_good, FINE)
+    raw = logit(p_good, FINE)
+    centre, spread = (0.0, 1.0) if likelihood else (float(raw.mean()), max(float(raw.std()), 1e-6))
+    pull, own_offset = (SLOPE_PRIOR, OFFSET_PRIOR) if likelihood else (SLOPE_PRIOR * FREE, OFFSET_PRIOR * FREE)
+    x = (raw - centre) / spread
     slope, offset = 1.0, 0.0
     smooth = (labels * (len(labels) + 1.0) + 0.5) / (len(labels) + 2.0)  # Platt's targets: never quite 0 or 1
     for _ in range(60):
         q = sigmoid(slope * x + offset)
         w, gap = q * (1.0 - q), q - smooth
-        gradient = np.array([gap @ x + SLOPE_PRIOR * (slope - 1.0), gap.sum() + OFFSET_PRIOR * offset])
-        curvature = np.array([[w @ (x * x) + SLOPE_PRIOR, w @ x], [w @ x, w.sum() + OFFSET_PRIOR]])
+        gradient = np.array([gap @ x + pull * (slope - 1.0), gap.sum() + own_offset * offset])
+        curvature = np.array([[w @ (x * x) + pull, w @ x], [w @ x, w.sum() + own_offset]])
         step = np.linalg.solve(curvature, gradient)
         scale = min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
         slope, offset = slope - scale * step[0], offset - scale * step[1]
         if float(np.abs(step).max()) < 1e-9:
             break
     share = float((labels.sum() + 1.0) / (len(labels) + 2.0))
-    return Platt(float(max(slope, 0.02)), float(offset), share)
+    slope = max(slope, 0.02) / spread
+    return Platt(float(slope), float(offset - slope * centre), share)
 
 
 def isotonic(p_good: np.ndarray, labels: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.ensemble.base import Fit, LabelModel, weighted_rates
-from align.ensemble.calibrate import cautious
+from align.ensemble.calibrate import PairProbability, cautious
 from align.ensemble.channels import channels
 from align.ensemble.dawid_skene import MIN_SUPPORT, DawidSkene
 from align.ensemble.describe import against_labels, describe, wrong_balance
@@ -19,7 +19,7 @@ from align.ensemble.diagnostics import collapsed, near_constant, two_camps
 from align.ensemble.gate import Choice, without_labels
 from align.ensemble.gaussian import GaussianEM
 from align.ensemble.labelled import BestSingle, NaiveBayes
-from align.ensemble.ladder import LABEL_TRUST, with_labels
+from align.ensemble.ladder import with_labels
 from align.ensemble.logistic import Logistic
 from align.ensemble.majority import Majority
 from align.ensemble.mean import Mean
@@ -82,6 +82,7 @@ class Combined:
     estimates: tuple[VerifierEstimate, ...]  # [M]
     warnings: tuple[str, ...]
     diagnostics: Mapping[str, float]
+    pairs: PairProbability = PairProbability()  # P(win), P(tie), P(loss) of two responses to one prompt
 
 
 def combine(table: VerdictTable, settings: Ensemble, labels: Mapping[str, bool] | None = None) -> Combined:
@@ -114,6 +115,7 @@ def combine(table: VerdictTable, settings: Ensemble, labels: Mapping[str, bool] 
         estimates=_estimates(table, choice.fit.balance, tpr, tnr),
         warnings=tuple(dict.fromkeys(warnings)),
         diagnostics=diagnostics,
+        pairs=choice.pairs,
     )
 
 
@@ -141,7 +143,7 @@ def _choose(table: VerdictTable, settings: Ensemble, labels: np.ndarray | None) 
         choice = Choice(settings.method, model.fit(table, labels), "the recipe asks for it", (), table, model)
     p_good = choice.fit.p_good
     if labels is not None:
-        p_good = np.where(np.isnan(labels), p_good, np.where(labels > 0.5, LABEL_TRUST, 1.0 - LABEL_TRUST))
+        p_good = np.where(np.isnan(labels), p_good, labels)
     return choice, p_good
 
 

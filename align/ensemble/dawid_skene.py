@@ -18,7 +18,7 @@ from align.ensemble.base import Fit, shrink, sigmoid, weighted_rates
 from align.ensemble.channels import Channel, channels
 from align.ensemble.diagnostics import join_kin, residual_dependence, support_of_others, worse_than_chance
 from align.ensemble.normalise import binarise, normalise, row_mean
-from align.ensemble.patterns import patterns
+from align.ensemble.patterns import Patterns, patterns
 from align.ensemble.prepare import explained_variance, learning_sets, within_prompts
 from align.ensemble.table import VerdictTable
 
@@ -133,18 +133,27 @@ def expectation_maximisation(
 ) -> Em:
     """EM to the posterior mode from P(good) = `start` [N]; labelled samples (1, 0, else NaN) stay at their label.
 
-    Works on vote patterns.  A channel with weight 0 is learnt about and not learnt from.  With weights other than 1 the
-    likelihood is a composite one; each round of EM still raises it.
+    A channel with weight 0 is learnt about and not learnt from.
     """
     marks = None if labels is None else np.where(np.isnan(labels), 2, labels).astype(np.int64)
     table = patterns([c.codes for c in made], [len(c.levels) for c in made], marks)
     held = np.full(len(table.counts), np.nan) if labels is None else table.rows(labels)  # [U]
+    em = maximise(table, made, table.rows(start), held, model)
+    return replace(em, p_good=table.samples(em.p_good))
+
+
+def maximise(table: Patterns, made: Sequence[Channel], start: np.ndarray, held: np.ndarray, model: DawidSkene) -> Em:
+    """EM on vote patterns: `start` and `held` are by row [U], and so is the P(good) that is returned.
+
+    Of the channels only levels and weights are read.  With weights other than 1 the likelihood is a composite one; each
+    round of EM still raises it.
+    """
     segment = np.repeat(np.arange(len(made)), [len(c.levels) for c in made])  # [L] channel of each slot
     level = np.concatenate([c.levels for c in made])
     weight = np.array([c.weight for c in made])[segment]  # [L]
     prior_good, prior_bad = (_pseudo_votes(x, segment, model.pseudo) for x in (level, 1.0 - level))
     total = table.votes(np.ones(len(table.counts)))
-    p_good = np.where(np.isnan(held), table.rows(start), held)  # [U]
+    p_good = np.where(np.isnan(held), start, held)  # [U]
     balance, counts = model.balance, table.counts
     known = balance is not None
     previous, posterior, converged, iterations = -np.inf, -np.inf, False, 0
@@ -171,7 +180,7 @@ def expectation_maximisation(
     ends = np.cumsum([len(c.levels) for c in made])[:-1]
     assert balance is not None
     rates = tuple(np.split(good, ends)), tuple(np.split(bad, ends))
-    return Em(table.samples(p_good), balance, *rates, posterior, iterations, converged)
+    return Em(p_good, balance, *rates, posterior, iterations, converged)
 
 
 def channel_log_odds(made: Sequence[Channel], em: Em, limit: float) -> np.ndarray:

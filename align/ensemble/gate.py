@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from align.ensemble.base import Fit, LabelModel, logit, sigmoid
+from align.ensemble.calibrate import PairProbability
 from align.ensemble.channels import channels
 from align.ensemble.dawid_skene import MIN_SUPPORT, DawidSkene
 from align.ensemble.gaussian import GaussianEM, leave_one_out
@@ -43,6 +44,7 @@ class Choice:
     warnings: tuple[str, ...]
     table: VerdictTable  # less the verifiers that say nothing new
     model: LabelModel
+    pairs: PairProbability = PairProbability()
 
 
 def without_labels(table: VerdictTable, settings: Ensemble) -> Choice:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from align.ensemble.base import Fit, LabelModel, logit
-from align.ensemble.calibrate import MANY_LABELS, isotonic, platt, share_difficulty, shift_balance
+from align.ensemble.calibrate import MANY_LABELS, fit_pairs, isotonic, platt, share_difficulty, shift_balance
 from align.ensemble.dawid_skene import DawidSkene
 from align.ensemble.gate import Choice, take
 from align.ensemble.gaussian import GaussianEM
@@ -28,7 +28,6 @@ SCORED = 400  # labelled rows that rungs are compared on
 RESAMPLES = 100
 SURE = 1.0  # standard errors by which a rung must beat what would be used without labels
 WITHIN_PAIRS = 10  # pairs of a good and a bad response to one prompt before those are scored apart
-LABEL_TRUST = 0.999  # P(good) of a sample labelled good: above all that is only inferred
 MAX_MATRIX = 200  # verifiers beyond which a full covariance is not tried
 
 
@@ -41,6 +40,7 @@ class Rung:
 
     model: LabelModel
     learns: bool  # from labels, so that its score must be held out
+    likelihood: bool = True  # its log-odds have a scale; those of a mean have none
 
 
 def rungs(table: VerdictTable, chosen: Choice, settings: Ensemble) -> dict[str, Rung]:
@@ -50,9 +50,9 @@ def rungs(table: VerdictTable, chosen: Choice, settings: Ensemble) -> dict[str, 
     rounds, balance = min(settings.max_iterations, 60), settings.class_balance
     careful = DawidSkene(settings.prior_strength, balance, rounds, careful=True)
     ladder = {
-        chosen.method: Rung(chosen.model, False),
-        "mean": Rung(Mean(settings.prior_strength, balance), False),
-        "best_single": Rung(BestSingle(), True),
+        chosen.method: Rung(chosen.model, False, likelihood=chosen.method != "mean"),
+        "mean": Rung(Mean(settings.prior_strength, balance), False, likelihood=False),
+        "best_single": Rung(BestSingle(), True, likelihood=False),
         "logistic": Rung(Logistic(1.0), True),
         "naive_bayes": Rung(NaiveBayes(settings.prior_strength, balance), True),
         "anchored": Rung(careful, True),
@@ -73,11 +73,10 @@ def with_labels(
     `chosen` is what would be used without labels.
     """
     known = ~np.isnan(labels)
-    told = np.where(labels > 0.5, LABEL_TRUST, 1.0 - LABEL_TRUST)
     if known.sum() < MIN_LABELS or not enough(labels):
         kind = f"{int(known.sum())} labels" if enough(labels) else "labels of one class only"
         why = f"{chosen.why}; {kind} cannot choose between models or calibrate one"
-        return replace(chosen, why=why), np.where(known, told, chosen.fit.p_good)
+        return replace(chosen, why=why), np.where(known, labels, chosen.fit.p_good)
     lean = chosen.table
     ladder = rungs(lean, chosen, settings)
     rows, held_out = _held_out(lean, ladder, labels)
@@ -87,7 +86,11 @@ def with_labels(
     if scores[best] - scores[first] <= SURE * errors[best]:
         best = first
     fit = ladder[best].model.fit(lean, labels if ladder[best].learns else None)
-    p_good, diagnostics, steps = calibrated(fit, held_out[best], labels, lean.prompts, settings)
+    p_good, seen, diagnostics, steps = calibrated(
+        fit, held_out[best], ladder[best].likelihood, labels, lean.prompts, settings
+    )
+    pairs = fit_pairs(seen, labels[rows], lean.prompts[rows])
+    diagnostics["pair_correlation"] = pairs.correlation
     why = _say(scores, errors, best, first, int(known.sum()), len(np.unique(lean.prompts[known]))) + f"; {steps}"
     warnings = chosen.warnings
     if scores[first] < 0.5 - errors.get(best, 0.0) and best != first:
@@ -96,31 +99,37 @@ def with_labels(
         warnings += (f"no rung tells good from bad on held-out labels (best {best}, {scores[best]:.2f}; chance 0.50)",)
     diagnostics = {**fit.diagnostics, **diagnostics, **{f"held_out/{name}": value for name, value in scores.items()}}
     fit = replace(fit, diagnostics=diagnostics)
-    choice = Choice(best, fit, why, warnings, lean, ladder[best].model)
-    return choice, np.where(known, told, p_good)
+    choice = Choice(best, fit, why, warnings, lean, ladder[best].model, pairs)
+    return choice, np.where(known, labels, p_good)
 
 
 def calibrated(
-    fit: Fit, held_out: np.ndarray, known: np.ndarray, prompts: np.ndarray, settings: Ensemble
-) -> tuple[np.ndarray, dict[str, float], str]:
-    """P(good) [N] calibrated on held-out scores [L] of the samples whose label is `known` [N], how, and in words."""
+    fit: Fit, held_out: np.ndarray, likelihood: bool, known: np.ndarray, prompts: np.ndarray, settings: Ensemble
+) -> tuple[np.ndarray, np.ndarray, dict[str, float], str]:
+    """P(good) [N], calibrated on held-out scores [L] of the samples whose label is `known` [N]; those scores [L]
+    calibrated as well; how it was done, as numbers and in words.
+    """
     raw, labels = np.nan_to_num(held_out, nan=fit.balance), known[~np.isnan(known)]
     if len(labels) >= MANY_LABELS:
-        p_good = isotonic(raw, labels, fit.p_good)
+        both = isotonic(raw, labels, np.concatenate([fit.p_good, raw]))
         balance = float((labels.sum() + 1.0) / (len(labels) + 2.0))
         told = {"calibration/labels": float(len(labels))}
         said = f"isotonic regression on {len(labels)} held-out scores"
     else:
-        curve = platt(raw, labels)
-        p_good, balance = curve(fit.p_good), curve.balance
+        curve = platt(raw, labels, likelihood)
+        both, balance = curve(np.concatenate([fit.p_good, raw])), curve.balance
         told = {"calibration/slope": curve.slope, "calibration/offset": curve.offset}
         said = f"log-odds times {curve.slope:.2f} by Platt scaling on {len(labels)} held-out scores"
-    if settings.class_balance is not None:
-        p_good, balance = shift_to(p_good, balance, settings.class_balance), settings.class_balance
-    else:
+    p_good, seen = both[: len(known)], both[len(known) :]
+    if settings.class_balance is None:
         sources = float(len(np.unique(prompts[~np.isnan(known)])))
-        p_good, balance = shift_balance(p_good, balance, sources)
-    return share_difficulty(p_good, balance, prompts), {**told, "balance": balance}, said
+        p_good, found = shift_balance(p_good, balance, sources)
+    else:
+        found = settings.class_balance
+        p_good = shift_to(p_good, balance, found)
+    p_good = share_difficulty(p_good, found, prompts)
+    seen = share_difficulty(shift_to(seen, balance, found), found, prompts[~np.isnan(known)])
+    return p_good, seen, {**told, "balance": found}, said
 
 
 def shift_to(p_good: np.ndarray, balance: float, known: float) -> np.ndarray:

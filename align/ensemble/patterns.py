@@ -75,14 +75,8 @@ def patterns(codes: Sequence[np.ndarray], sizes: Sequence[int], marks: np.ndarra
 
     Rows with different `marks` [N] are never counted as one; that keeps labelled samples apart.
     """
-    blocks, joint = _blocks(sizes), []
-    for block in blocks:
-        number = np.zeros(len(codes[0]), dtype=np.int64)
-        for c in range(block.first, block.first + len(block.slots)):
-            number *= sizes[c] + 1
-            number += codes[c]
-            number += 1
-        joint.append(number)
+    blocks = make_blocks(sizes)
+    joint = [pattern_numbers(codes, sizes, block) for block in blocks]
     inverse, counts = _distinct(joint, blocks, marks)
     if inverse is None:
         return Patterns(tuple(joint), tuple(blocks), np.ones(len(codes[0])), None, sum(sizes))
@@ -91,7 +85,17 @@ def patterns(codes: Sequence[np.ndarray], sizes: Sequence[int], marks: np.ndarra
     return Patterns(tuple(j[first] for j in joint), tuple(blocks), counts.astype(float), inverse, sum(sizes))
 
 
-def _blocks(sizes: Sequence[int]) -> list[Block]:
+def pattern_numbers(codes: Sequence[np.ndarray], sizes: Sequence[int], block: Block) -> np.ndarray:
+    """[N]: the number of the pattern of the block's channels, from all channels' codes."""
+    number = np.zeros(len(codes[0]), dtype=np.int64)
+    for c in range(block.first, block.first + len(block.slots)):
+        number *= sizes[c] + 1
+        number += codes[c]
+        number += 1
+    return number
+
+
+def make_blocks(sizes: Sequence[int]) -> list[Block]:
     """Channels in order, a new block where the joint patterns would be too many."""
     offsets = np.cumsum([0, *sizes])
     blocks, start = [], 0

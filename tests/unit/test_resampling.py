@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,3 +137,18 @@ def test_a_plan_says_nothing_where_nothing_is_known() -> None:
     assert found is not None and found["tpr"] == pytest.approx(1.7 / 2.1)
     text = "\n".join(resampling.render(found, "from a test"))
     assert "(from a test)" in text and "cost 8: none" in text
+
+
+def test_the_closing_report_shows_the_newest_round(capsys: pytest.CaptureFixture[str]) -> None:
+    from align.summary import render_report
+
+    q, prompts = np.array([0.9, 0.8, 0.3, 0.1]), np.array([0, 0, 1, 1])
+    older, newer = ({"resampling": resampling.plan_resampling(x, prompts), "on_gold": None} for x in (1 - q, q**2))
+    summary = {
+        "evaluation": {"after": {}}, "overoptimisation": None, "ensemble": [older, newer, None], "sync_share": 0.0,
+        "seconds": {"total": 1.0},
+    }  # fmt: skip
+    render_report(summary, Path("run"))
+    shown = capsys.readouterr().out
+    expected = resampling.render(newer["resampling"], "rates estimated in round 1")
+    assert "\n".join(expected) in shown and "round 0" not in shown

@@ -30,6 +30,12 @@ class Fit:
     warnings: tuple[str, ...] = ()
 
 
+def nothing(table: VerdictTable) -> Fit:
+    """The fit where nobody spoke."""
+    half = np.full(len(table.names), 0.5)
+    return Fit(np.full(len(table.values), np.nan), 0.5, half, half)
+
+
 class LabelModel(Protocol):
     """Turns a table of verdicts into P(good), from the verdicts themselves and, where there are any, from labels.
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from align.ensemble.base import logit, sigmoid
 
-MAX_LOGIT = 6.0  # no calibrated probability is beyond odds of e^6
+MAX_LOGIT = 8.0  # no calibrated probability is beyond odds of e^8
 FINE = 1e-13  # how near 0 and 1 raw probabilities are told apart: the order is kept
 MAX_UNSEEN = 4.0  # and none that no label has seen, beyond e^4
 GRID = 41
@@ -24,7 +24,7 @@ MANY_LABELS = 1000  # from here on isotonic regression has enough to go by
 SLOPE_PRIOR = 4.0  # strength of the pull of the slope to 1, in units of the log loss
 OFFSET_PRIOR = 2.0  # strength of the pull of the offset to 0
 FREE = 0.02  # share of those pulls for an opinion that is no likelihood
-BALANCE_BIAS = 0.07  # how far the EM of the class balance may be off where the model is only nearly right
+BALANCE_BIAS = 0.25  # how far the EM of the class balance may be off where the classes overlap wholly
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class Platt:
 
 
 def soft_limit(log_odds: np.ndarray, limit: float) -> np.ndarray:
-    """limit x tanh(x / limit): never beyond the limit, and no two values made equal."""
-    return limit * np.tanh(log_odds / limit)
+    """x / (1 + (x / limit)^4)^(1/4): near x, never beyond the limit, and no two values made equal."""
+    return log_odds / np.sqrt(np.sqrt(1.0 + (log_odds / limit) ** 4))
 
 
 def platt(p_good: np.ndarray, labels: np.ndarray, likelihood: bool = True) -> Platt:
@@ -94,27 +94,36 @@ def isotonic(p_good: np.ndarray, labels: np.ndarray, at: np.ndarray) -> np.ndarr
 
 
 def shift_balance(
-    p_good: np.ndarray, balance: float, sources: float = np.inf, rounds: int = 200
+    p_good: np.ndarray, balance: float, error: float = np.inf, rounds: int = 200
 ) -> tuple[np.ndarray, float]:
     """P(good) [N] and the class balance, once the balance is that of these samples and not that of the labels.
 
     EM of Saerens, Latinne and Decaestecker (2002): q = p-odds x (pi' odds / pi odds), pi' = mean q, until it settles.
-    The labels' own share stays in pi' with the weight b^2 / (b^2 + 1 / (4 sources)): b is the bias that the EM may
-    have, and the other term the variance of a share over so many labelled prompts.
+    The labels' own share stays in pi' with the weight b^2 / (b^2 + error^2): `error` is its standard error, and
+    b = BALANCE_BIAS x mean 4 q (1 - q) is the bias that the EM may have, more where the classes overlap more.
     """
     present = ~np.isnan(p_good)
     evidence = logit(p_good[present]) - logit(np.array(balance))
-    own = 0.0 if np.isinf(sources) else BALANCE_BIAS**2 / (BALANCE_BIAS**2 + 0.25 / max(sources, 1.0))
     share = balance
     for _ in range(rounds if len(evidence) else 0):
-        found = float(sigmoid(evidence + logit(np.array(share))).mean())
-        now = float(np.clip((1.0 - own) * found + own * balance, 1e-3, 1.0 - 1e-3))
+        q = sigmoid(evidence + logit(np.array(share)))
+        bias = BALANCE_BIAS * float((4.0 * q * (1.0 - q)).mean())
+        own = bias**2 / (bias**2 + error**2)
+        now = float(np.clip((1.0 - own) * q.mean() + own * balance, 1e-3, 1.0 - 1e-3))
         moved, share = abs(now - share), now
         if moved < 1e-7:
             break
     shifted = np.full(len(p_good), np.nan)
     shifted[present] = sigmoid(evidence + logit(np.array(share)))
     return shifted, share
+
+
+def share_error(labels: np.ndarray, prompts: np.ndarray) -> float:
+    """Standard error of the labels' share of good, over prompts; one more prompt of spread 1/2 keeps it from 0."""
+    _, group = np.unique(prompts, return_inverse=True)
+    count = np.bincount(group)
+    means = np.bincount(group, labels) / count
+    return float(np.sqrt((np.square(means - means.mean()).sum() + 0.25) / len(count) ** 2))
 
 
 def share_difficulty(p_good: np.ndarray, balance: float, prompts: np.ndarray, rounds: int = 100) -> np.ndarray:
@@ -131,7 +140,7 @@ def share_difficulty(p_good: np.ndarray, balance: float, prompts: np.ndarray, ro
     _, group = np.unique(prompts[present], return_inverse=True)
     if np.bincount(group).max() < 2:
         return out
-    odds = np.exp(logit(p_good[present], 1e-4) - logit(np.array(balance)))  # likelihood ratio
+    odds = np.exp(logit(p_good[present]) - logit(np.array(balance)))  # likelihood ratio
     grid = (np.arange(GRID) + 0.5) / GRID
     count = int(group.max()) + 1
     fit = np.zeros((count, GRID))

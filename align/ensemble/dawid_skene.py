@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from align.ensemble.base import Fit, shrink, sigmoid, weighted_rates
+from align.ensemble.base import Fit, nothing, shrink, sigmoid, weighted_rates
 from align.ensemble.channels import Channel, channels
 from align.ensemble.diagnostics import join_kin, residual_dependence, support_of_others, worse_than_chance
 from align.ensemble.normalise import binarise, normalise, row_mean
@@ -82,6 +82,8 @@ class DawidSkene:
 
     def _fit_once(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
         voters = (~np.isnan(table.values)).sum(axis=1)
+        if not voters.any():
+            return replace(nothing(table), diagnostics={"support": 0.0, "leader": 0.0})
         made, em, evidence, learnt = self.learn(table, labels)
         p_good = sigmoid(np.log(em.balance) - np.log1p(-em.balance) + evidence.sum(axis=1))
         p_good = np.where(voters > 0, p_good, np.nan)

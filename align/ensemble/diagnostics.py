@@ -138,6 +138,8 @@ def support_of_others(
     asked = [j for channel, heard in zip(made, learnt, strict=True) if heard for j in channel.columns]
     values = normalise(table)
     names = _source_names(table)
+    if len(set(names)) < 2:
+        return leader, 0.0
     aside = {names[leader], names[_closest_kin(values, names, leader)]}
     rest = [j for j in asked if names[j] not in aside]
     support = min(_separation(row_mean(values[:, columns]), good, bad) for columns in (rest, asked))

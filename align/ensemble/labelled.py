@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from align.ensemble.base import Fit, sigmoid, weighted_rates
+from align.ensemble.base import Fit, nothing, sigmoid, weighted_rates
 from align.ensemble.channels import channels
 from align.ensemble.dawid_skene import MAX_LOG_ODDS, DawidSkene, channel_log_odds, expectation_maximisation
 from align.ensemble.jury import correlation
@@ -30,6 +30,8 @@ class NaiveBayes:
     def fit(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
         known = np.zeros(len(table.values), dtype=bool) if labels is None else ~np.isnan(labels)
         made = channels(table, silence=True)
+        if not made:
+            return nothing(table)
         seen = [replace(c, codes=c.codes[known]) for c in made]
         truth = np.empty(0) if labels is None else labels[known]
         once = DawidSkene(self.pseudo, self.balance, max_iterations=1)
@@ -58,6 +60,7 @@ class BestSingle:
         best = int(np.argmax(np.abs(found)))
         verdict = values[:, best] if found[best] >= 0 else 1.0 - values[:, best]
         p_good = np.where(np.isnan(verdict), share, verdict)
+        p_good = np.where((~np.isnan(values)).any(axis=1), p_good, np.nan)
         tpr, tnr = weighted_rates(binarise(table, float(np.clip(share, 0.01, 0.99))), truth, 2.0, 0.7)
         return Fit(p_good, share, tpr, tnr, {"best": float(best)})
 

@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from align.ensemble.base import Fit, LabelModel, logit
-from align.ensemble.calibrate import MANY_LABELS, fit_pairs, isotonic, platt, share_difficulty, shift_balance
+from align.ensemble.calibrate import (
+    MANY_LABELS,
+    fit_pairs,
+    isotonic,
+    platt,
+    share_difficulty,
+    share_error,
+    shift_balance,
+)
 from align.ensemble.dawid_skene import DawidSkene
 from align.ensemble.gate import Choice, take
 from align.ensemble.gaussian import GaussianEM
@@ -122,8 +130,7 @@ def calibrated(
         said = f"log-odds times {curve.slope:.2f} by Platt scaling on {len(labels)} held-out scores"
     p_good, seen = both[: len(known)], both[len(known) :]
     if settings.class_balance is None:
-        sources = float(len(np.unique(prompts[~np.isnan(known)])))
-        p_good, found = shift_balance(p_good, balance, sources)
+        p_good, found = shift_balance(p_good, balance, share_error(labels, prompts[~np.isnan(known)]))
     else:
         found = settings.class_balance
         p_good = shift_to(p_good, balance, found)

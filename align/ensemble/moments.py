@@ -58,7 +58,7 @@ class Triplets:
             others = np.delete(np.arange(width), i)
             j, k = np.triu_indices(len(others), 1)
             j, k = others[j], others[k]
-            kept = ~weak[j, k]
+            kept = ~weak[j, k] & (covariance[j, k] != 0.0)
             if kept.any():
                 j, k = j[kept], k[kept]
                 square = np.abs(covariance[i, j] * covariance[i, k] / covariance[j, k])

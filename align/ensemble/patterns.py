@@ -75,6 +75,8 @@ def patterns(codes: Sequence[np.ndarray], sizes: Sequence[int], marks: np.ndarra
 
     Rows with different `marks` [N] are never counted as one; that keeps labelled samples apart.
     """
+    if not len(sizes):
+        raise ValueError("no channel to make patterns of")
     blocks = make_blocks(sizes)
     joint = [pattern_numbers(codes, sizes, block) for block in blocks]
     inverse, counts = _distinct(joint, blocks, marks)

@@ -14,7 +14,6 @@ import numpy as np
 
 from align.ensemble.base import Fit
 from align.ensemble.moments import fit_matched, votes_and_balance
-from align.ensemble.normalise import row_mean
 from align.ensemble.table import VerdictTable
 
 LOW, HIGH = 5.0, 95.0  # percentiles that become 0 and 1
@@ -51,9 +50,10 @@ class Weaver:
         tpr[kept], tnr[kept] = whole.tpr, whole.tnr
         for cluster in np.unique(members):
             rows = members == cluster
-            alone = rows.sum() >= MIN_CLUSTER and not rows.all()
-            own = cluster_balance(votes[rows], balance, row_mean(votes))
-            p_good[rows] = fit_matched(votes[rows][:, kept], own).p_good if alone else whole.p_good[rows]
+            p_good[rows] = whole.p_good[rows]
+            if rows.sum() >= MIN_CLUSTER and not rows.all():
+                own = cluster_balance(votes[rows], balance, votes)
+                p_good[rows] = fit_matched(votes[rows][:, kept], own).p_good
         dropped = {"dropped": float((~kept).sum()), "clusters": float(len(np.unique(members)))}
         return Fit(p_good, balance, tpr, tnr, {**whole.diagnostics, **dropped}, warnings)
 
@@ -94,7 +94,7 @@ def keep(votes: np.ndarray, balance: float, labels: np.ndarray | None) -> np.nda
 
 def cluster_balance(votes: np.ndarray, balance: float, everywhere: np.ndarray) -> float:
     """The class balance of a cluster: the whole's, moved by how much oftener its verifiers say yes."""
-    own, overall = np.nanmean(row_mean(votes)), np.nanmean(everywhere)
+    own, overall = (np.nansum(v) / max((~np.isnan(v)).sum(), 1) for v in (votes, everywhere))
     return float(np.clip(balance + own - overall, 0.05, 0.95))
 
 

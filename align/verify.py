@@ -20,7 +20,7 @@ from align.ensemble.normalise import binarise
 from align.ensemble.table import VerdictTable
 from align.errors import InputError
 from align.recipe import Ensemble
-from align.verifying.labels import RULE, choose_labels
+from align.verifying.labels import RULE, check_count, choose_labels
 from align.verifying.output import PLOT, check_output, render, verifier_table, write_result
 from align.verifying.report import error_correlation, true_report, verifier_rows, worst_pairs
 from align.verifying.votes import read_votes
@@ -48,7 +48,10 @@ class Subject:
 
 def verify_votes(path: Path, labels: int | None, out: Path, *, plot: bool = False) -> list[str]:
     """Score the items of a CSV of votes into `out`; returns the report as lines."""
-    votes = all_faults(lambda: check_output(out), lambda: read_votes(path))[1]
+    faultless = all_faults(
+        lambda: check_output(out), lambda: check_count(labels, None, str(path)), lambda: read_votes(path)
+    )
+    votes = faultless[2]
     subject = Subject(
         facts={"file": votes.source, "sha256": votes.sha256},
         items=votes.items,

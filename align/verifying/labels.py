@@ -17,6 +17,19 @@ RULE = (
 FEWEST = 2
 
 
+def check_count(count: int | None, available: int | None, source: str) -> None:
+    """Refuse a number of labels that says nothing, or more than there are; `available` None: not yet known."""
+    if count is None:
+        return
+    if count < FEWEST:
+        raise InputError(f"--labels {count}: give at least {FEWEST}, or leave it out to use no label at all")
+    if available is not None and count > available:
+        raise InputError(
+            f"--labels {count}: {source} has gold that may be used on {available} items; ask for at most {available}, "
+            "or fill in more of `gold`"
+        )
+
+
 def choose_labels(
     items: pa.ChunkedArray, group_names: pa.ChunkedArray, allowed: np.ndarray, count: int | None, source: str
 ) -> np.ndarray:
@@ -27,13 +40,7 @@ def choose_labels(
     rows = np.flatnonzero(allowed)
     if count is None:
         return np.zeros(0, dtype=np.int64)
-    if count < FEWEST:
-        raise InputError(f"--labels {count}: give at least {FEWEST}, or leave it out to use no label at all")
-    if count > len(rows):
-        raise InputError(
-            f"--labels {count}: {source} has gold that may be used on {len(rows)} items; ask for at most {len(rows)}, "
-            "or fill in more of `gold`"
-        )
+    check_count(count, len(rows), source)
     names, groups = items.take(pa.array(rows)).to_pylist(), group_names.take(pa.array(rows)).to_pylist()
     keyed = []
     for row, name, group in zip(rows.tolist(), names, groups, strict=True):

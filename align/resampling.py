@@ -246,8 +246,8 @@ def render(found: Mapping[str, Any], source: str) -> list[str]:
         f"Sampling again until P(good) is {found['threshold']:g} or more ({source})",
         f"  keeps {found['tpr']:.1%} of the good responses (at least {found['tpr_low']:.1%}) and {found['fpr']:.1%} of "
         f"the bad (at most {found['fpr_high']:.1%}); {found['pass_rate']:.1%} of the responses are good",
-        f"  right among those kept: {found['precision_once']:.1%} with one try; however many tries, at most "
-        f"{found['ceiling']:.1%} ({found['ceiling_cautious']:.1%} at the cautious rates)",
+        f"  right among those kept: {_share(found['precision_once'])} with one try; however many tries, at most "
+        f"{_share(found['ceiling'])} ({_share(found['ceiling_cautious'])} at the cautious rates)",
     ]
     lines.append("  best number of tries K*, by what a bad response kept costs in good ones:")
     lines += [f"    cost {row['cost']:g}: {_advice(row)}" for row in found["best"]]
@@ -256,11 +256,16 @@ def render(found: Mapping[str, Any], source: str) -> list[str]:
     return lines
 
 
+def _share(value: float | None) -> str:
+    """A share in percent; where nothing is ever kept there is none."""
+    return "unknown, as nothing is kept" if value is None or math.isnan(value) else f"{value:.1%}"
+
+
 def _advice(row: Mapping[str, Any]) -> str:
     if not row["samples"]:
         return "none, what this ensemble accepts is not worth keeping"
     best = "no end, more is always better" if row["unlimited"] else f"{row['samples']}"
-    return f"{best}; {row['enough']} bring 99% of {row['value']:.3f} a prompt, {row['precision']:.1%} right"
+    return f"{best}; {row['enough']} bring 99% of {row['value']:.3f} a prompt, {_share(row['precision'])} right"
 
 
 def best_of(scores: Sequence[float], truth: Sequence[float]) -> list[float]:

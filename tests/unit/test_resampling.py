@@ -152,3 +152,12 @@ def test_the_closing_report_shows_the_newest_round(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     expected = resampling.render(newer["resampling"], "rates estimated in round 1")
     assert "\n".join(expected) in shown and "round 0" not in shown
+
+
+@pytest.mark.parametrize("absent", [None, math.nan])
+def test_shares_of_nothing_are_said_to_be_unknown(absent: float | None) -> None:
+    """A verifier that accepts nothing keeps nothing: read back from JSON its shares are null."""
+    found = {"threshold": 0.5, "tpr": 0.0, "tpr_low": 0.0, "fpr": 0.0, "fpr_high": 0.1, "pass_rate": 0.4}
+    found |= {"precision_once": absent, "ceiling": absent, "ceiling_cautious": absent, "odds": [None]}
+    found["best"] = [{"cost": 1, "samples": 1, "enough": 1, "value": 0.1, "precision": absent, "unlimited": False}]
+    assert "right among those kept: unknown, as nothing is kept" in resampling.render(found, "a test")[2]

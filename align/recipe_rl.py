@@ -158,7 +158,7 @@ def policy_gradient_faults(recipe: Recipe) -> list[str]:
             f"training.reference: the KL of {name} needs one; use initial or round, or training.rl.kl.place: none"
         )
     if training.reference_sync is not None:
-        wrong.append(f"training.reference_sync: {name} looks at the reference once a round; use reference: round")
+        wrong.append(f"training.reference_sync: {name} looks at the reference once a round; take it out")
     if rl.critic.revision is not None and rl.critic.model is None:
         wrong.append("training.rl.critic.revision: belongs to training.rl.critic.model, which is not given")
     if rl.critic.warmup_rounds >= recipe.rounds.count and rl.critic.warmup_rounds:
@@ -180,6 +180,16 @@ def _kl_faults(recipe: Recipe) -> list[str]:
         )
     if kl.place == "loss" and training.algorithm == "p3o":
         wrong.append("training.rl.kl.place: p3o takes the KL in the reward of a response; use reward or none")
+    if training.reference == "round" and kl.place == "reward":
+        wrong.append(
+            "training.reference: the responses are the round's own policy's, so a KL to it in their reward is 0 for "
+            "every one; use reference: initial, or training.rl.kl.place: loss or none"
+        )
+    if training.reference == "round" and kl.place == "loss" and kl.target is not None:
+        wrong.append(
+            "training.rl.kl.target: the coefficient follows the KL at the start of a round, which is 0 with reference: "
+            "round; use reference: initial, or take target out"
+        )
     if kl.place == "none" and set(kl.changed()) - {"place"}:
         wrong.append("training.rl.kl: with place: none nothing else in this block is read; take it out")
     if kl.target is not None and kl.beta == 0:

@@ -32,6 +32,12 @@ def recipe(training: dict[str, Any], **more: Any) -> Recipe:
         ({"algorithm": "ppo", "rl": {"kl": {"place": "none", "beta": 0.1}}}, {}, "training.rl.kl: with place: none"),
         ({"algorithm": "ppo", "rl": {"kl": {"beta": 0.0, "target": 1.0}}}, {}, "training.rl.kl.beta: a coefficient"),
         ({"algorithm": "ppo", "rl": {"kl": {"horizon": 5.0}}}, {}, "training.rl.kl.horizon"),
+        ({"algorithm": "grpo", "reference": "round"}, {}, "training.reference: the responses are the round's own"),
+        (
+            {"algorithm": "grpo", "reference": "round", "rl": {"kl": {"place": "loss", "target": 1.0}}},
+            {},
+            "training.rl.kl.target: the coefficient follows",
+        ),
         ({"algorithm": "grpo", "rl": {"lam": 0.9}}, {}, "training.rl.lam: grpo does not read it"),
         ({"algorithm": "rloo", "rl": {"by_std": False}}, {}, "training.rl.by_std: rloo does not read it"),
         ({"algorithm": "grpo", "rl": {"critic": {"learning_rate": 1e-3}}}, {}, "training.rl.critic: grpo"),

@@ -123,8 +123,8 @@ def measure(name: str, table: VerdictTable, gold: np.ndarray, labels: int, draws
             np.nan if bound <= majority else (np.mean(x) - majority) / (bound - majority) for x in (found, known_too)
         )
         counts = {m: methods.count(m) for m in dict.fromkeys(methods)}
-        print(f"  with {labels} labels {np.mean(found):.3f} on the others ({way:.2f} of the way), {np.mean(known_too):.3f} "
-              f"on all ({whole:.2f}); {counts}")  # fmt: skip
+        print(f"  with {labels} labels {np.mean(found):.3f} on the others ({way:.2f} of the way)", end=", ")
+        print(f"{np.mean(known_too):.3f} on all ({whole:.2f}); {counts}")
         rows.append(
             Row(f"{name}, {labels} labels", float(np.mean(found)), bound, float(np.mean(found) / bound), "accuracy")
         )

@@ -40,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 COLUMNS = ("pass@1", "pass@K", "best single", "mean 5-95", "vote", "moments", "triplets", "EM", "Gaussian EM",
            "naive Bayes all labels", "LR 2% labels", "LR all labels")  # fmt: skip
+GATED = ("auto, no labels", "plain mean", "auto, 2% labels", "ECE of P(good)", "ECE of P(win), best against worst",
+         "ECE of P(win), all pairs")  # fmt: skip
 PUBLISHED = {
     "independent": (0.428, 0.906, 0.804, 0.872, 0.834, 0.855, 0.855, 0.855, 0.889, 0.856, 0.889, 0.890),
     "dependent": (0.428, 0.906, 0.803, 0.833, 0.793, 0.792, 0.810, 0.792, 0.774, 0.824, 0.878, 0.882),
@@ -139,13 +141,9 @@ def main() -> None:
         drawn = [simulate(seed, **settings) for seed in range(arguments.seeds)]
         found = np.mean([ladder(*one) for one in drawn], axis=0)
         for column, ours, theirs in zip(COLUMNS, found, PUBLISHED[case], strict=True):
-            print(
-                f"{case:12s} {column:24s} {ours:.3f} published {theirs:.3f} difference {ours - theirs:+.3f}", flush=True
-            )
+            print(f"{case:12s} {column:24s} {ours:.3f} table {theirs:.3f} ({ours - theirs:+.3f})", flush=True)
             rows.append(Row(f"{case}: {column}", float(ours), theirs, float(ours / theirs), "selection accuracy"))
-        names = ("auto, no labels", "plain mean", "auto, 2% labels", "ECE of P(good)", "ECE of P(win), best against worst",
-                 "ECE of P(win), all pairs")  # fmt: skip
-        for name, value in zip(names, np.mean([gated(*one) for one in drawn], axis=0), strict=True):
+        for name, value in zip(GATED, np.mean([gated(*one) for one in drawn], axis=0), strict=True):
             print(f"{case:12s} {name:34s} {value:.3f}", flush=True)
             rows.append(Row(f"{case}: {name}", float(value), float("nan"), float("nan"), "accuracy or error"))
     print_report("ensemble_simulation", rows)

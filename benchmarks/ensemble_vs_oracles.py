@@ -3,7 +3,7 @@
     python benchmarks/ensemble_vs_oracles.py [--items 1000000] [--voters 30] [--peer-items 100000]
 
 Neither peer is a dependency: each is measured where it can be imported, and said to be absent where it cannot.  Peers
-run on --peer-items of the items; their time per item is what is compared, as both are linear in items or nearly so.
+run on --peer-items of the items and on half of those; what all items would take is read off the line through the two.
 Ours reads the votes from arrays, as they do, in chunks.
 """
 
@@ -24,6 +24,7 @@ from align.ensemble.moments import fit_matched
 from align.ensemble.streaming import CHUNK_ROWS, fit_stream
 
 SAME_ITEMS = 20_000
+Peer = Callable[[np.ndarray], Any]
 
 
 def simulate(items: int, voters: int, silent: float, seed: int) -> np.ndarray:
@@ -81,6 +82,19 @@ def ours_em(votes: np.ndarray) -> np.ndarray:
     return expectation_maximisation(made, start, DawidSkene(0.0, max_iterations=500)).p_good
 
 
+def compare(what: str, name: str, peer: Peer, votes: np.ndarray, items: int, ours_s: tuple[float, float]) -> list[Row]:
+    """The peer on `votes`, on half of them, and on the line through both, `items`; ours on the first and the last."""
+    half, _ = timed(lambda: peer(votes[: len(votes) // 2]))
+    whole, _ = timed(lambda: peer(votes))
+    slope = max(whole - half, 0.0) / (len(votes) - len(votes) // 2)
+    line = whole + slope * (items - len(votes))
+    return [
+        Row(f"{what}, {len(votes)} items; {name}, measured", ours_s[0], whole, whole / ours_s[0], "s"),
+        Row(f"{what}, {items} items; {name}, on the line through {len(votes) // 2} and {len(votes)} items",
+            ours_s[1], line, line / ours_s[1], "s"),
+    ]  # fmt: skip
+
+
 def same_answers(peers: dict[str, bool]) -> list[Row]:
     rows = []
     for silent in (0.0, 0.3):
@@ -116,27 +130,16 @@ def main() -> None:
     matched, _ = timed(lambda: fit_matched(with_nan(votes), 0.45))
     print(f"moments, {arguments.items} items: {matched:.2f} s")
     some = votes[: arguments.peer_items]
-    scale = arguments.items / len(some)
-    told = f"{len(some)} items measured, scaled by {scale:g}"
     if peers["crowdkit"]:
         ours, _ = timed(lambda: fit_stream(in_chunks(some), DawidSkene(2.0)))
-        peer, _ = timed(lambda: crowd_kit(some))
-        rows.append(Row(f"Dawid-Skene, {len(some)} items, both measured", ours, peer, peer / ours, "s"))
-        ours = seconds[arguments.items]
-        rows.append(
-            Row(
-                f"Dawid-Skene, {arguments.items} items; crowd-kit: {told}", ours, peer * scale, peer * scale / ours, "s"
-            )
-        )
+        rows += compare("Dawid-Skene", "crowd-kit", crowd_kit, some, arguments.items, (ours, seconds[arguments.items]))
     if peers["snorkel"]:
         ours, _ = timed(lambda: fit_matched(with_nan(some), 0.45))
         for epochs in (100, 5000):
-            peer, _ = timed(lambda e=epochs: snorkel(some, 0.45, e))  # type: ignore[misc]
-            rows.append(Row(f"moments, {len(some)} items, Snorkel with {epochs} epochs", ours, peer, peer / ours, "s"))
-            rows.append(
-                Row(f"moments, {arguments.items} items; Snorkel, {epochs} epochs: {told}", matched, peer * scale,
-                    peer * scale / matched, "s")
-            )  # fmt: skip
+            peer = f"Snorkel, {epochs} epochs"
+            rows += compare(
+                "moments", peer, lambda v, e=epochs: snorkel(v, 0.45, e), some, arguments.items, (ours, matched)
+            )
     rows += same_answers(peers)
     for row in rows:
         print(f"{row.case}: ours {row.ours:.4g}, peer {row.peer:.4g} {row.unit}, ratio {row.ratio:.1f}")

@@ -99,20 +99,20 @@ def shift_balance(
     """P(good) [N] and the class balance, once the balance is that of these samples and not that of the labels.
 
     EM of Saerens, Latinne and Decaestecker (2002): q = p-odds x (pi' odds / pi odds), pi' = mean q, until it settles.
-    The labels' own share stays in pi' with the weight b^2 / (b^2 + error^2): `error` is its standard error, and
+    The labels' own share is then mixed in with the weight b^2 / (b^2 + error^2): `error` is its standard error, and
     b = BALANCE_BIAS x mean 4 q (1 - q) is the bias that the EM may have, more where the classes overlap more.
     """
     present = ~np.isnan(p_good)
     evidence = logit(p_good[present]) - logit(np.array(balance))
     share = balance
+    overlap = float((4.0 * p_good[present] * (1.0 - p_good[present])).mean()) if len(evidence) else 1.0
+    own = (BALANCE_BIAS * overlap) ** 2 / ((BALANCE_BIAS * overlap) ** 2 + error**2)
     for _ in range(rounds if len(evidence) else 0):
-        q = sigmoid(evidence + logit(np.array(share)))
-        bias = BALANCE_BIAS * float((4.0 * q * (1.0 - q)).mean())
-        own = bias**2 / (bias**2 + error**2)
-        now = float(np.clip((1.0 - own) * q.mean() + own * balance, 1e-3, 1.0 - 1e-3))
+        now = float(np.clip(sigmoid(evidence + logit(np.array(share))).mean(), 1e-3, 1.0 - 1e-3))
         moved, share = abs(now - share), now
         if moved < 1e-7:
             break
+    share = (1.0 - own) * share + own * balance
     shifted = np.full(len(p_good), np.nan)
     shifted[present] = sigmoid(evidence + logit(np.array(share)))
     return shifted, share

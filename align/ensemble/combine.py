@@ -97,7 +97,7 @@ def combine(table: VerdictTable, settings: Ensemble, labels: Mapping[str, bool] 
     warnings = choice.warnings + near_constant(table) + choice.fit.warnings
     tpr, tnr = _all_rates(table, choice.fit, p_good)
     warnings += collapsed(p_good, settings.class_balance)
-    warnings += two_camps(table.names, tpr, tnr, p_good, row_mean(values))
+    warnings += two_camps(table.names, values, p_good, row_mean(values))
     if known is not None:
         warnings += against_labels(choice.fit.p_good, known)
     diagnostics = {**choice.fit.diagnostics, **describe(table, choice, p_good, settings)}

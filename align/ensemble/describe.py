@@ -9,9 +9,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from align.ensemble.channels import channels
+from align.ensemble.dawid_skene import DawidSkene
 from align.ensemble.diagnostics import effective_number, residual_correlations
 from align.ensemble.gate import Choice, take
+from align.ensemble.gaussian import GaussianEM
 from align.ensemble.normalise import binarise
+from align.ensemble.prepare import MIN_SOURCES
 from align.ensemble.table import VerdictTable
 from align.recipe import Ensemble
 
@@ -33,7 +37,7 @@ def describe(table: VerdictTable, choice: Choice, p_good: np.ndarray, settings: 
         "balance_high": high,
     }
     if settings.class_balance is not None:
-        found["mean_p_good"] = float(np.nanmean(choice.fit.p_good)) if not np.isnan(choice.fit.p_good).all() else 0.5
+        found["balance_by_verdicts"] = free_balance(lean, settings)
     return found
 
 
@@ -61,12 +65,23 @@ def balance_interval(choice: Choice, p_good: np.ndarray) -> tuple[float, float]:
     return max(0.0, share - Z * error), min(1.0, share + Z * error)
 
 
+def free_balance(table: VerdictTable, settings: Ensemble) -> float:
+    """The class balance by EM where none is stated; NaN where the verifiers are too few to tell."""
+    part = take(table, np.arange(min(len(table.values), ROWS)))
+    made = channels(part, silence=True)
+    if len(made) < MIN_SOURCES:
+        return float("nan")
+    if all(kind == "score" for kind in part.kinds):
+        return GaussianEM(None, None, settings.max_iterations).fit(part).balance
+    return DawidSkene(settings.prior_strength, None, settings.max_iterations, careful=True).fit(part).balance
+
+
 def wrong_balance(stated: float | None, diagnostics: Mapping[str, float]) -> tuple[str, ...]:
     """A sentence where the stated class balance is far from what the verdicts say."""
     if stated is None:
         return ()
-    found = diagnostics["mean_p_good"]
-    if abs(found - stated) <= FAR:
+    found = diagnostics["balance_by_verdicts"]
+    if not abs(found - stated) > FAR:
         return ()
     return (f"class_balance is {stated:.2f} in the recipe, and the verdicts speak for {found:.2f}",)
 

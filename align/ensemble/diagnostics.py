@@ -11,11 +11,12 @@ from dataclasses import replace
 import numpy as np
 
 from align.ensemble.channels import Channel
+from align.ensemble.jury import correlation
 from align.ensemble.normalise import normalise, row_mean
 from align.ensemble.table import VerdictTable
 
 EDGE = 0.03  # share of the responses on one side of one half that counts as none
-BELOW_CHANCE = 0.1  # 1 - (TPR + TNR) from which a verifier contradicts the answer
+AGAINST = 0.05  # correlation below minus which a verifier contradicts the answer
 MIN_VARIANCE = 0.02  # of a vote: at least 2% say the rarer thing
 
 
@@ -96,20 +97,21 @@ def collapsed(p_good: np.ndarray, balance: float | None) -> tuple[str, ...]:
     return (f"collapse: {max(share, 1 - share):.1%} of the responses come out {side}; the cut at one half says little",)
 
 
-def two_camps(
-    names: Sequence[str], tpr: np.ndarray, tnr: np.ndarray, p_good: np.ndarray, mean: np.ndarray
-) -> tuple[str, ...]:
-    """Sentences where the answer may be upside down: it contradicts the mean verdict, or a large camp does so."""
+def two_camps(names: Sequence[str], values: np.ndarray, p_good: np.ndarray, mean: np.ndarray) -> tuple[str, ...]:
+    """Sentences where the answer may be upside down: it contradicts the mean verdict, or a large camp does so.
+
+    `values` [N, M] are the normalised verdicts.
+    """
     said = []
-    both = ~(np.isnan(p_good) | np.isnan(mean))
-    if both.sum() > 2 and np.ptp(p_good[both]) > 0 and np.ptp(mean[both]) > 0:
-        if np.corrcoef(p_good[both], mean[both])[0, 1] < 0:
-            said.append("upside down: the answer contradicts the mean verdict, so good and bad may be swapped")
-    below = [name for name, a, b in zip(names, tpr, tnr, strict=True) if a + b < 1.0 - BELOW_CHANCE]
-    if len(below) * 4 >= len(names) and len(below) * 2 <= len(names):
+    if correlation(p_good, mean) < 0:
+        said.append("upside down: the answer contradicts the mean verdict, so good and bad may be swapped")
+    found = [correlation(column, p_good) for column in values.T]
+    surely = max(AGAINST, 2.0 / np.sqrt(max(len(p_good), 1)))
+    below = [name for name, r in zip(names, found, strict=True) if r < -surely]
+    if below and len(below) * 4 >= len(names):
         told = ", ".join(below[:6]) + (" …" if len(below) > 6 else "")
         said.append(
-            f"two camps: {told} contradict the rest; if they are the ones that are right, the answer is upside down, "
+            f"two camps: {told} contradict the answer; if they are the ones that are right, it is upside down, "
             "and only labels can tell"
         )
     return tuple(said)

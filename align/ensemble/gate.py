@@ -29,6 +29,8 @@ from align.recipe import Ensemble
 JURY_ROWS = 20_000  # rows that the jury looks at
 LICENCE_SHARE = 2 / 3  # of the jurors, for a model of scores to replace the mean
 OBJECTION_SHARE = 0.4  # of the jurors below which a model of votes is refused
+SURE_GAIN = 0.5  # median gain in correlation that counts, in units of 1 / sqrt(rows)
+MIN_JURORS = 3.5  # independent voices without which the jury cannot object
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,8 @@ def _license_votes(table: VerdictTable, settings: Ensemble) -> tuple[str, LabelM
     if settings.class_balance is None and not 0.005 < share < 0.995:
         return "mean", None, f"Dawid-Skene calls {share:.1%} of the responses good"
     vote, rows = jury_on_votes(table, model)
-    if vote.share < OBJECTION_SHARE and vote.gain < -1.0 / np.sqrt(rows):
+    objects = vote.share < OBJECTION_SHARE and vote.jurors > MIN_JURORS
+    if objects and vote.gain < -SURE_GAIN / np.sqrt(rows):
         return "mean", None, f"the verifiers bear the mean out better than Dawid-Skene ({_told(vote)})"
     return "dawid_skene", model, f"Dawid-Skene, borne out by the other verifiers (support {support:.2f}; {_told(vote)})"
 
@@ -90,7 +93,7 @@ def _license_scores(table: VerdictTable, settings: Ensemble) -> tuple[str, Label
     values = normalise(sample)
     total, heard = np.nansum(values, axis=1), (~np.isnan(values)).sum(axis=1)
     vote = ballot(values, lambda j: _mean_without(values, total, heard, j), leave_one_out(model, sample))
-    sure = vote.share >= LICENCE_SHARE and vote.gain > 1.0 / np.sqrt(len(values))
+    sure = vote.share >= LICENCE_SHARE and vote.gain > SURE_GAIN / np.sqrt(len(values))
     if not sure:
         return "mean", None, f"the verifiers do not surely prefer a model of scores ({_told(vote)})"
     return "gaussian", model, f"two-class Gaussian EM, which the verifiers prefer to the mean ({_told(vote)})"

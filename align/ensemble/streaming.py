@@ -41,7 +41,7 @@ def read_chunks(path: Path, columns: Sequence[str], rows: int = CHUNK_ROWS) -> I
             yield _array([batch.column(name) for name in columns])
 
 
-def _array(columns: Sequence) -> np.ndarray:  # type: ignore[type-arg]
+def _array(columns: Sequence) -> np.ndarray:
     return np.column_stack([c.cast("float64").to_numpy(zero_copy_only=False) for c in columns])
 
 
@@ -61,7 +61,7 @@ def fit_stream(chunks: Iterable[np.ndarray], model: DawidSkene) -> Fit:
             mean = (codes == 1).sum(axis=1) / np.maximum(heard, 1)
         starts.append(np.nan_to_num(shrink(mean, heard, model.pseudo), nan=0.5))
         voters.append(heard.astype(np.int16))
-        columns = np.ascontiguousarray(codes.T)
+        columns = list(np.ascontiguousarray(codes.T))
         joint.append([pattern_numbers(columns, sizes, b).astype(np.int16) for b in make_blocks(sizes)])
     if not joint:
         raise ValueError("no votes at all")

@@ -29,7 +29,7 @@ def reliability(probability: np.ndarray, truth: np.ndarray, bins: int = 15) -> R
     if not len(p):
         return Reliability(np.empty(0), np.empty(0), np.empty(0, dtype=int))
     edges = np.unique(np.quantile(p, np.linspace(0.0, 1.0, bins + 1)[1:-1]))
-    place = np.searchsorted(edges, p, side="right")
+    place = np.searchsorted(edges, p, side="left")
     count = np.bincount(place, minlength=len(edges) + 1)
     kept = count > 0
     stated, observed = (np.bincount(place, x, len(count))[kept] / count[kept] for x in (p, y))

@@ -8,7 +8,7 @@ import pytest
 from align.ensemble.combine import METHODS, combine
 from align.ensemble.gaussian import GaussianEM
 from align.ensemble.labelled import BestSingle, NaiveBayes, agreement
-from align.ensemble.logistic import Logistic, logistic_regression
+from align.ensemble.logistic import logistic_regression
 from align.ensemble.moments import MatchedMoments, Moments, Triplets, from_loadings, pairwise, rank_one
 from align.ensemble.normalise import gaussian_scores, probit
 from align.ensemble.table import VerdictTable
@@ -189,7 +189,9 @@ def test_percentiles_cut_at_the_fifth_and_ninety_fifth() -> None:
     np.testing.assert_allclose(scaled[[0, 5, 50, 95, 100], 0], [0, 0, 0.5, 1, 1])
 
 
-@pytest.mark.parametrize(("balance", "kept"), [(0.5, [False, True, False]), (0.1, [True, True, False]), (0.9, [False, True, True])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("balance", "kept"), [(0.5, [False, True, False]), (0.1, [True, True, False]), (0.9, [False, True, True])]
+)
 def test_the_filter_goes_by_how_often_a_verifier_says_yes(balance: float, kept: list[bool]) -> None:
     votes = np.zeros((100, 3))
     votes[:10, 0] = votes[:50, 1] = votes[:90, 2] = 1.0  # yes to 10%, 50%, 90%
@@ -218,9 +220,8 @@ def test_prompts_are_clustered_by_distinct_answers() -> None:
     assert clusters.reshape(4, 3)[:, 0].tolist() == [0, 1, 1, 0]  # 1, 2, 3 and 1 distinct answers
     assert set(distinct_answers(table, 2)) == {0}
     votes, _ = votes_of(90, RATES, 0.5, seed=0)
-    big = dataclasses.replace(
-        table_of(votes, prompts=np.repeat(np.arange(30), 3)), answers=tuple(str(i % 3 if i < 45 else 0) for i in range(90))
-    )
+    answers = tuple(str(i % 3 if i < 45 else 0) for i in range(90))
+    big = dataclasses.replace(table_of(votes, prompts=np.repeat(np.arange(30), 3)), answers=answers)
     assert combine(big, Ensemble(method="weaver", clusters=2)).diagnostics["clusters"] == 2
 
 

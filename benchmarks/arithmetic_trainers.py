@@ -32,7 +32,7 @@ from benchmarks.common import Row, print_report
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "quickstart"
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "ipo": (BASE, ("training.loss.name=ipo", "training.loss.beta=0.1")),
+    "ipo": (BASE, ("training.loss.name=ipo", "training.loss.beta=1")),
     "simpo": (BASE, ("training.loss.name=simpo", "training.loss.beta=2", "training.reference=none")),
     "orpo": (BASE, ("training.loss.name=orpo", "training.loss.beta=0.5", "training.reference=none")),
     "gdpo": (BASE, ("training.loss.name=gdpo",)),

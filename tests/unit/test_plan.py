@@ -245,13 +245,16 @@ def kept_by_autograd(config: Any, dtype: torch.dtype) -> tuple[int, int]:
     ids=lambda c: c.model_type,
 )
 def test_activations_are_what_autograd_keeps(config: Any, dtype: torch.dtype) -> None:
-    """Within 10%: the estimate leaves out log-sums, norms' scales, rotary tables and indices."""
+    """At most 10% below: the estimate leaves out log-sums, norms' scales, rotary tables and indices.
+
+    And at most 15% above: it counts all of the last layer, of which only the positions before a response are computed.
+    """
     measured, responses = kept_by_autograd(config, dtype)
     shape, b, tokens = config_shape(config, "x"), dtype.itemsize, TEST_ROWS * TEST_ROW
     estimate = tokens * (shape.layers * layer_activation_bytes(shape, b, "cpu") + shape.hidden * (4 + 2 * b))
     estimate += tokens * TEST_ROW * b  # the mask
     estimate += responses * shape.hidden * b  # what goes through the head
-    assert estimate == pytest.approx(measured, rel=0.1)
+    assert 0.9 * measured < estimate < 1.15 * measured
 
 
 def test_cache_and_logits_by_hand(qwen: ModelShape) -> None:

@@ -107,7 +107,7 @@ class Rollouts:
     def _prompt(self, prefix: Prefix) -> Prompt:
         question = self._prompts[prefix.sample.prompt_id]
         ids = prefix.sample.prompt_ids + prefix.ids
-        return Prompt(prefix.id, question.text + prefix.text, ids, question.answer, question.split)
+        return Prompt(prefix.id, question.text + prefix.text, ids, question.answer, question.split, question.columns)
 
     def close(self) -> None:
         """End what only the judging needed."""

@@ -7,6 +7,7 @@ Every row is either used, counted in the report, or named in an error.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class Item(NamedTuple):
     content: str | list[dict[str, Any]]  # text, or chat messages
     answer: str | None
     split: str | None  # None: by hash
+    columns: tuple[tuple[str, str], ...] = ()  # those that verifiers read
 
 
 def load_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int | None) -> PromptSet:
@@ -55,7 +57,10 @@ def load_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: in
     """
     settings = recipe.prompts
     _check_settings(settings, tokenizer)
-    items = _read_arithmetic(settings, recipe.seed) if settings.source == "arithmetic" else _read_source(settings)
+    if settings.source == "arithmetic":
+        items = _read_arithmetic(settings, recipe.seed)
+    else:
+        items = _read_source(settings, recipe.verifier_columns())
     texts = render(items, settings, tokenizer)
     token_ids = tokenize(items, texts, tokenizer, special=not settings.chat_template)
     keep = _short_enough(items, token_ids, recipe, context)
@@ -120,9 +125,10 @@ def _read_arithmetic(settings: Prompts, seed: int) -> list[Item]:
     return [Item(f"arithmetic:{i}", p.question, p.answer, None) for i, p in enumerate(drawn, 1)]
 
 
-def _read_source(settings: Prompts) -> list[Item]:
-    """Rows of a file or hub dataset, each checked; all bad rows are told together."""
+def _read_source(settings: Prompts, wanted: Sequence[str]) -> list[Item]:
+    """Rows of a file or hub dataset, each checked; all bad rows are told together.  `wanted` are columns for verifiers."""
     columns = [c for c in (settings.prompt_column, settings.answer_column, settings.split_column) if c is not None]
+    columns += [c for c in wanted if c not in columns]
     rows = read_rows(
         settings.source, columns=tuple(columns), key="prompts.source", limit=settings.limit, revision=settings.revision
     )
@@ -138,9 +144,19 @@ def _read_source(settings: Prompts) -> list[Item]:
             split = _named_split(row, settings.split_column, errors)
         if errors.count == before:
             assert content is not None
-            items.append(Item(row.where, content, answer, split))
+            items.append(Item(row.where, content, answer, split, columns_of(row, wanted)))
     errors.check("prompts.prompt_column, answer_column and split_column say which columns are read")
     return items
+
+
+def columns_of(row: Row, wanted: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The columns that verifiers read: text as it is, lists and objects as JSON, nothing where the row has none."""
+    found = {name: row.values.get(name) for name in wanted}
+    return tuple(
+        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=True, default=str))
+        for name, value in found.items()
+        if value is not None
+    )
 
 
 def content_of(row: Row, settings: Prompts, errors: RowErrors) -> str | list[dict[str, Any]] | None:
@@ -281,7 +297,7 @@ def _unique(
     errors = RowErrors()
     for item, text, ids in zip(items, texts, token_ids, strict=True):
         split = item.split or ("eval" if _falls_into_eval(text, settings.eval_fraction) else "train")
-        prompt = Prompt(content_id(text), text, ids, item.answer, split)
+        prompt = Prompt(content_id(text), text, ids, item.answer, split, item.columns)
         if text not in first:
             first[text] = (item, prompt)
             continue
@@ -291,6 +307,8 @@ def _unique(
         elif known.answer != item.answer:
             errors.add(f"{item.where}: same prompt as {earlier.where}, but its answer is {item.answer!r}, "
                        f"not {known.answer!r}")  # fmt: skip
+        elif known.columns != item.columns:
+            errors.add(f"{item.where}: same prompt as {earlier.where}, but not the same in the verifiers' columns")
         elif not settings.dedupe:
             errors.add(f"{item.where}: same prompt as {earlier.where}; set prompts.dedupe to true to drop repetitions")
     errors.check()
@@ -324,5 +342,6 @@ def _check_splits(train: Sequence[Prompt], held_out: Sequence[Prompt], settings:
 def _digest(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for p in prompts:
-        digest.update(content_id(p.split, p.id, p.token_ids, p.answer is None, p.answer).encode())
+        more = (p.columns,) if p.columns else ()
+        digest.update(content_id(p.split, p.id, p.token_ids, p.answer is None, p.answer, *more).encode())
     return digest.hexdigest()

@@ -301,6 +301,10 @@ class Recipe(Block):
     def _hangs_together(self) -> Recipe:
         """One line per contradiction, each beginning with the key to look at, so that all are shown at once."""
         wrong: list[str] = []
+    def verifier_columns(self) -> tuple[str, ...]:
+        """Columns of the prompt source that verifiers read, beside the prompt and its answer."""
+        return tuple(sorted({column for _, verifier in self._blocks() for column in verifier.columns}))
+
         names = [v.name for v in self.verifiers]
         for place, name in enumerate(names):
             if name in names[:place]:
@@ -318,6 +322,12 @@ class Recipe(Block):
             wrong.append("policy.from_scratch: a random model cannot sample; add a `cold_start` block")
         if self.policy.lora is not None and self.training.freeze != "none":
             wrong.append("training.freeze: adapters leave all weights as they are already; take one of the two out")
+        if self.prompts.source == "arithmetic":
+            wrong += [
+                f"{key}: reads the column {verifier.columns[0]!r}, and the built-in task has no columns; name a file"
+                for key, verifier in self._blocks()
+                if verifier.columns
+            ]
         if self.cold_start is not None and self.cold_start.source == "prompts" and self.prompts.source != "arithmetic":
             wrong.append("cold_start.source: `prompts` writes solutions for the arithmetic task only; name a file")
         if self.export.lora == "keep" and self.policy.lora is not None and self.cold_start is not None:

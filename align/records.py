@@ -37,6 +37,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str | None  # reference answer for verifiers that take one; never shown to the policy
     split: str  # "train" or "eval"
+    columns: tuple[tuple[str, str], ...] = ()  # (name, text) of further columns that verifiers read
 
 
 @dataclass(frozen=True, slots=True)

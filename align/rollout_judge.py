@@ -79,4 +79,5 @@ def _item(row: Sample, question: Prompt, begun: str) -> Item:
         answer=question.answer,
         response_tokens=len(row.prompt_ids) - len(question.token_ids) + len(row.response_ids),
         finish_reason=row.finish_reason,
+        columns=question.columns,
     )

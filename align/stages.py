@@ -157,6 +157,7 @@ def items(samples: Sequence[Sample], prompts: dict[str, Prompt]) -> list[Item]:
         for s in samples
     ]
 
+            columns=prompts[s.prompt_id].columns,
 
 def _combine(run: Run, round_index: int) -> None:
     """Rank 0: verdicts to scores, and the report of how the ensemble did against gold where gold is known."""

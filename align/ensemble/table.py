@@ -14,7 +14,7 @@ import numpy as np
 
 from align.records import Sample, Verdict
 from align.verifiers.extract import last_boxed, last_number
-from align.verifiers.registry import KINDS, kind_of
+from align.verifiers.registry import kind_of, sees_whole_prompts
 from align.verifiers.spec import VerifierSpec
 
 NO_VERDICT = "no verdict on record"
@@ -88,7 +88,7 @@ def from_records(samples: Sequence[Sample], verdicts: Sequence[Verdict], specs: 
         families=tuple(spec.family or "" for spec in specs),
         prompts=prompts,
         failures=tuple(dict(counter) for counter in failures),
-        whole_prompts=tuple(spec.kind in KINDS and KINDS[spec.kind].whole_prompts for spec in specs),
+        whole_prompts=tuple(sees_whole_prompts(spec) for spec in specs),
         ids=tuple(row),
         answers=tuple(last_boxed(sample.text) or last_number(sample.text) or "" for sample in samples),
     )

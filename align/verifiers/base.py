@@ -32,6 +32,14 @@ class Item:
     answer: str | None  # the prompt's reference answer
     response_tokens: int
     finish_reason: str  # "stop" or "length"
+    columns: tuple[tuple[str, str], ...] = ()  # (name, text) of the prompt's columns that verifiers asked for
+
+    def column(self, name: str) -> str:
+        """The prompt's text in a column; abstains where it has none."""
+        for key, text in self.columns:
+            if key == name and text.strip():
+                return text
+        raise Abstain(f"the prompt has no text in column {name}")
 
 
 class Abstain(Exception):
@@ -74,6 +82,18 @@ class Verifier(ABC):
     @abstractmethod
     def verify(self, batch: Sequence[Item]) -> list[float | Abstain]:
         """One number or `Abstain` per item, in order.  The batch holds all responses of each of its prompts."""
+
+
+class ModelVerifier(Verifier):
+    """A verifier that holds an engine or connections until it is closed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what it holds."""
+
+    def account(self) -> dict[str, float]:
+        """What it has cost so far and what was odd, as counts by name; empty where nothing is counted."""
+        return {}
 
 
 class PerItem(Verifier):

@@ -10,12 +10,14 @@ from align.errors import InputError
 from align.verifiers.answers import Answer
 from align.verifiers.arithmetic import Arithmetic
 from align.verifiers.base import Verifier
+from align.verifiers.code_tests import CodeTests
 from align.verifiers.consistency import SelfConsistency
 from align.verifiers.form import Format, Length, Repetition
+from align.verifiers.instructions import Instructions
 from align.verifiers.lexicon import Lexicon, Vocabulary
 from align.verifiers.noise import Noise
 from align.verifiers.readability import Readability
-from align.verifiers.spec import AnswerSpec, RewardModelSpec, VerifierSpec
+from align.verifiers.spec import AnswerSpec, CodeTestsSpec, JudgeSpec, RewardModelSpec, VerifierSpec
 from align.verifiers.wordlists import read_valences, read_vocabulary
 
 KINDS: dict[str, type[Verifier]] = {
@@ -29,11 +31,14 @@ KINDS: dict[str, type[Verifier]] = {
     "readability": Readability,
     "self_consistency": SelfConsistency,
     "noise": Noise,
+    "instructions": Instructions,
+    "code_tests": CodeTests,
 }
 """Verifiers that run in the killable process."""
 
-IN_PROCESS = ("reward_model",)
-"""Kinds that run in the training process because they need its accelerator; whoever starts the run builds them."""
+IN_PROCESS = ("reward_model", "judge", "meta_ranking", "backward_likelihood", "sequence_likelihood", "classifier")
+"""Kinds that run in the training process because they need its accelerator, or ask a server in many threads; whoever
+starts the run builds them (`align.verifiers.in_process`)."""
 
 
 REMARKABLE = 0.1  # a word list of which more than this share can match nothing is worth a word
@@ -51,12 +56,21 @@ def kind_of(spec: VerifierSpec) -> Literal["binary", "score"]:
     return spec.output
 
 
+def sees_whole_prompts(spec: VerifierSpec) -> bool:
+    """Whether a verdict depends on the prompt's other responses; known without building the verifier."""
+    if spec.kind in KINDS:
+        return KINDS[spec.kind].whole_prompts
+    return isinstance(spec, JudgeSpec) and spec.mode == "pairwise"
+
+
 def check(spec: VerifierSpec, where: str | None = None) -> Sequence[str]:
     """Refuse a verifier that cannot start, naming file and key; returns remarks that the user should see.
 
     `where` is the recipe key of the block, by default `verifiers.<name>`.
     """
     prefix = where if where is not None else f"verifiers.{spec.name}"
+    if spec.kind in IN_PROCESS and spec.workers > 1:
+        raise InputError(f"{prefix}.workers: `{spec.kind}` runs beside the policy, not in processes of its own")
     remarks = []
     for key in ("file", "negative_file"):
         path = getattr(spec, key, None)
@@ -72,6 +86,14 @@ def check(spec: VerifierSpec, where: str | None = None) -> Sequence[str]:
                 f"{prefix}.{key}: {path}: {found.unmatched} of {found.entries} entries are not single words "
                 "(phrases, smileys) and can match nothing"
             )
+    if isinstance(spec, CodeTestsSpec):
+        from align.verifiers.sandbox import check_available
+
+        check_available(prefix)
+    if spec.kind in IN_PROCESS and not isinstance(spec, RewardModelSpec):
+        from align.verifiers.in_process import check as check_model
+
+        check_model(spec, prefix)
     if isinstance(spec, RewardModelSpec):
         from align.verifiers.reward_model import check as check_reward_model
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from align.errors import InputError
 from align.model_files import check_model_dir, resolve_model
 from align.sampling import environment
-from align.verifiers.base import Abstain, Item, Verifier
+from align.verifiers.base import Abstain, Item, ModelVerifier
 from align.verifiers.spec import RewardModelSpec
 
 
@@ -55,7 +55,7 @@ def label_count(config: Mapping[str, Any]) -> int:
     return int(config.get("num_labels", 2))
 
 
-class RewardModel(Verifier):
+class RewardModel(ModelVerifier):
     """Scores with `model`; larger is better, and only differences mean anything."""
 
     kind: ClassVar[Literal["binary", "score"]] = "score"

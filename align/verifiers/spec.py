@@ -6,36 +6,19 @@ the work stand in the modules beside this one; `align.verifiers.registry` maps e
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class VerifierBlock(BaseModel):
-    """Settings that every verifier takes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
-    output: ClassVar[Literal["binary", "score"]]
-    """What the verifier answers with: 0 or 1, or a number of which larger is better.  No key of the recipe."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-    """Name in reports and artifacts."""
-    family: str | None = None
-    """Verifiers that share a source of error (one judge under two prompts) share a family."""
-    invert: bool = False
-    """Swap yes and no, or negate the score: for a verifier that is known to prefer the wrong end."""
-    flip_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Share of a binary verifier's answers turned round, chosen by hash: for studying bad supervision."""
-    timeout_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 5.0
-    """Longest time one response may take; past it the verdict is none."""
-
-    @model_validator(mode="after")
-    def _only_votes_flip(self) -> VerifierBlock:
-        if self.flip_rate > 0 and self.output == "score":
-            raise ValueError("flip_rate: turns yes and no round, but this kind gives a score; use `invert`")
-        return self
+from align.verifiers.spec_base import VerifierBlock, compile_pattern
+from align.verifiers.spec_checks import CodeTestsSpec, InstructionsSpec
+from align.verifiers.spec_models import (
+    BackwardLikelihoodSpec,
+    ClassifierSpec,
+    JudgeSpec,
+    MetaRankingSpec,
+    SequenceLikelihoodSpec,
+)
 
 
 class AnswerSpec(VerifierBlock):
@@ -199,14 +182,13 @@ VerifierSpec = Annotated[
     | ReadabilitySpec
     | SelfConsistencySpec
     | NoiseSpec
-    | RewardModelSpec,
+    | RewardModelSpec
+    | JudgeSpec
+    | MetaRankingSpec
+    | BackwardLikelihoodSpec
+    | SequenceLikelihoodSpec
+    | ClassifierSpec
+    | InstructionsSpec
+    | CodeTestsSpec,
     Field(discriminator="kind"),
 ]
-
-
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """The compiled expression; raises ValueError with the reason where it is not one."""
-    try:
-        return re.compile(pattern, re.DOTALL)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"pattern: not a regular expression: {error}") from None

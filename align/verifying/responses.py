@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +22,16 @@ import pyarrow as pa
 from align.ensemble.table import VerdictTable
 from align.errors import InputError
 from align.prompt_sources import Row, RowErrors, iterate_rows, text_of
+from align.prompts import columns_of
 from align.recipe import Recipe
 from align.records import Verdict, content_id
 from align.storage.durable import hash_file
 from align.verifiers import registry
 from align.verifiers.base import Item
 from align.verifiers.runner import MOST_REASONS, OTHER_REASONS, VerifierPool
-from align.verifiers.spec import LengthSpec, RewardModelSpec, VerifierSpec
+from align.verifiers.spec import LengthSpec, VerifierSpec
 from align.verify import Subject, all_faults, finish
+from align.verifying.labels import check_count
 from align.verifying.output import check_output
 
 CHUNK_ITEMS = 2048
@@ -51,6 +53,7 @@ class Columns:
     answer: str | None
     gold: str | None
     item: str | None
+    wanted: tuple[str, ...] = ()  # further columns that the recipe's verifiers read
 
 
 class Line(NamedTuple):
@@ -62,6 +65,7 @@ class Line(NamedTuple):
     answer: str | None
     gold: float  # 1, 0 or NaN
     item: str
+    columns: tuple[tuple[str, str], ...] = ()  # those that verifiers read
 
 
 @dataclass
@@ -80,16 +84,19 @@ class Facts:
 
 def verify_responses(recipe: Recipe, path: Path, labels: int | None, out: Path, named: Sequence[str] = ()) -> list[str]:
     """Score the responses into `out` with the recipe's verifiers; returns the report as lines."""
-    _, columns, *_ = all_faults(
+    _, _, columns, *_ = all_faults(
         lambda: check_output(out),
+        lambda: check_count(labels, None, str(path)),
         lambda: find_columns(path, named),
         *(lambda spec=spec: registry.check(spec, f"verifiers.{spec.name}") for spec in recipe.verifiers),
     )
+    columns = replace(columns, wanted=recipe.verifier_columns())
     facts = survey(path, columns)
     gold, by = _gold(recipe, path, columns, facts)
     allowed, notes = ~np.isnan(gold), _NO_NOTES
     if labels is not None:
         allowed, notes = without_evaluation(recipe, path, columns, facts, allowed)
+    check_count(labels, int(allowed.sum()), str(path))
     table, seconds = judge(recipe, recipe.verifiers, path, columns, facts)
     names = list(facts.prompts)
     subject = Subject(
@@ -174,7 +181,7 @@ def _line(row: Row, number: int, columns: Columns, errors: RowErrors) -> Line | 
             errors.add(f"{row.where}: {columns.gold}: {str(value)[:40]!r} is not 1, 0 or blank")
     if prompt is None or response is None:
         return None
-    return Line(row.where, prompt, response, answer, gold, item)
+    return Line(row.where, prompt, response, answer, gold, item, columns_of(row, columns.wanted))
 
 
 def _lines(path: Path, columns: Columns) -> Iterator[tuple[int, Line]]:
@@ -269,8 +276,8 @@ def judge(
 
     try:
         for spec in specs:
-            if isinstance(spec, RewardModelSpec):
-                models[spec.name] = _reward_model(recipe, spec)
+            if spec.kind in registry.IN_PROCESS:
+                models[spec.name] = _model(recipe, spec)
         with VerifierPool(specs, seed=recipe.seed, in_process=models) as pool:
             for chunk in _chunks(path, columns, facts, _token_counter(recipe, specs)):
                 for verdict in pool.verify(chunk):
@@ -285,22 +292,25 @@ def judge(
         families=tuple(spec.family or "" for spec in specs),
         prompts=np.array(facts.groups, dtype=np.int64),
         failures=tuple(dict(counter) for counter in failures),
-        whole_prompts=tuple(_whole_prompts(spec) for spec in specs),
+        whole_prompts=tuple(registry.sees_whole_prompts(spec) for spec in specs),
     )
     return table, seconds
 
 
-def _whole_prompts(spec: VerifierSpec) -> bool:
-    return spec.kind in registry.KINDS and registry.KINDS[spec.kind].whole_prompts
-
-
-def _reward_model(recipe: Recipe, spec: RewardModelSpec) -> Any:
+def _model(recipe: Recipe, spec: VerifierSpec) -> Any:
+    """The verifier that runs in this process; the policy before training where it needs that."""
     from align.launcher import apply_environment, loopback_environment, rank_environment
 
     apply_environment({**rank_environment(1), **loopback_environment()})
-    from align.verifiers.reward_model import RewardModel
+    from align.model_files import resolve_model
+    from align.verifiers import in_process
 
-    return RewardModel(spec, dtype=recipe.policy.dtype)
+    def policy_dir() -> Path:
+        if recipe.policy.model is None:
+            raise InputError(f"verifiers.{spec.name}.model: the policy is made by the run; name a model here")
+        return resolve_model(recipe.policy.model, recipe.policy.revision)
+
+    return in_process.build(spec, recipe.policy.dtype, policy_dir)
 
 
 def _token_counter(recipe: Recipe, specs: Sequence[VerifierSpec]) -> Callable[[str], int]:
@@ -326,6 +336,7 @@ def _chunks(path: Path, columns: Columns, facts: Facts, tokens: Callable[[str], 
             answer=line.answer,
             response_tokens=tokens(line.response),
             finish_reason="stop",
+            columns=line.columns,
         )
         waiting.setdefault(group, []).append(item)
         if number == facts.last[group]:

@@ -20,6 +20,9 @@ DEFINED_IN = (
     "align/recipe_steps.py",
     "align/recipe_training.py",
     "align/verifiers/spec.py",
+    "align/verifiers/spec_base.py",
+    "align/verifiers/spec_checks.py",
+    "align/verifiers/spec_models.py",
 )
 
 

@@ -15,6 +15,7 @@ from align.ensemble.jury import correlation
 from align.ensemble.normalise import normalise, row_mean
 from align.ensemble.table import VerdictTable
 
+LOOKED_AT = 20_000  # rows on which correlations are taken
 EDGE = 0.03  # share of the responses on one side of one half that counts as none
 AGAINST = 0.05  # correlation below minus which a verifier contradicts the answer
 MIN_VARIANCE = 0.02  # of a vote: at least 2% say the rarer thing
@@ -51,6 +52,7 @@ def residual_correlations(
     Given the class, votes should be independent, and then Cov(i, j) = pi (1 - pi) D_i D_j with D = TPR + TNR - 1.
     Verifiers that nearly always say the same are left out: there is nothing to correlate.
     """
+    votes = votes[:: max(1, len(votes) // LOOKED_AT)]
     heard = (~np.isnan(votes)).astype(float)
     yes = np.nan_to_num(votes)
     both = heard.T @ heard  # [M, M] responses that both judged
@@ -139,10 +141,11 @@ def support_of_others(
     leader = made[int(np.argmax(np.where(learnt, apart @ evidence, -np.inf)))].columns[0]
     asked = [j for channel, heard in zip(made, learnt, strict=True) if heard for j in channel.columns]
     values = normalise(table)
+    some = values[:: max(1, len(values) // LOOKED_AT)]
     names = _source_names(table)
     if len(set(names)) < 2:
         return leader, 0.0
-    aside = {names[leader], names[_closest_kin(values, names, leader)]}
+    aside = {names[leader], names[_closest_kin(some, names, leader)]}
     rest = [j for j in asked if names[j] not in aside]
     support = min(_separation(row_mean(values[:, columns]), good, bad) for columns in (rest, asked))
     return leader, support

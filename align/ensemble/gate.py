@@ -61,32 +61,33 @@ def without_labels(table: VerdictTable, settings: Ensemble) -> Choice:
         return Choice("mean", mean.fit(table), why, said, table, mean)
     votes = sum(all(lean.kinds[j] == "binary" for j in c.columns) for c in made)
     if votes >= MIN_SOURCES:
-        method, model, verdict = _license_votes(lean, settings)
+        model, fit, verdict = _license_votes(lean, settings)
     else:
-        method, model, verdict = _license_scores(lean, settings)
-    if model is None:
+        model, fit, verdict = _license_scores(lean, settings)
+    if fit is None:
         return Choice("mean", mean.fit(table), f"auto: the mean, as {verdict}", said, table, mean)
-    return Choice(method, model.fit(lean), f"auto: {verdict}", said, lean, model)
+    method = "dawid_skene" if votes >= MIN_SOURCES else "gaussian"
+    return Choice(method, fit, f"auto: {verdict}", said, lean, model)
 
 
-def _license_votes(table: VerdictTable, settings: Ensemble) -> tuple[str, LabelModel | None, str]:
+def _license_votes(table: VerdictTable, settings: Ensemble) -> tuple[LabelModel, Fit | None, str]:
     """Dawid-Skene for votes: refused without support, when it collapses, or when the jury surely objects."""
     model = DawidSkene(settings.prior_strength, settings.class_balance, settings.max_iterations, careful=True)
     fit = model.fit(table)
     support = fit.diagnostics["support"]
     if support < MIN_SUPPORT:
-        return "mean", None, f"Dawid-Skene follows one source against the rest (support {support:.2f} < {MIN_SUPPORT})"
+        return model, None, f"Dawid-Skene follows one source against the rest (support {support:.2f} < {MIN_SUPPORT})"
     share = float((fit.p_good[~np.isnan(fit.p_good)] > 0.5).mean())
     if settings.class_balance is None and not 0.005 < share < 0.995:
-        return "mean", None, f"Dawid-Skene calls {share:.1%} of the responses good"
+        return model, None, f"Dawid-Skene calls {share:.1%} of the responses good"
     vote, rows = jury_on_votes(table, model)
     objects = vote.share < OBJECTION_SHARE and vote.jurors > MIN_JURORS
     if objects and vote.gain < -SURE_GAIN / np.sqrt(rows):
-        return "mean", None, f"the verifiers bear the mean out better than Dawid-Skene ({_told(vote)})"
-    return "dawid_skene", model, f"Dawid-Skene, borne out by the other verifiers (support {support:.2f}; {_told(vote)})"
+        return model, None, f"the verifiers bear the mean out better than Dawid-Skene ({_told(vote)})"
+    return model, fit, f"Dawid-Skene, borne out by the other verifiers (support {support:.2f}; {_told(vote)})"
 
 
-def _license_scores(table: VerdictTable, settings: Ensemble) -> tuple[str, LabelModel | None, str]:
+def _license_scores(table: VerdictTable, settings: Ensemble) -> tuple[LabelModel, Fit | None, str]:
     """Gaussian EM for scores: refused unless the jury surely prefers it."""
     model = GaussianEM(settings.class_balance, None, settings.max_iterations)
     sample = _rows(table, JURY_ROWS)
@@ -95,8 +96,8 @@ def _license_scores(table: VerdictTable, settings: Ensemble) -> tuple[str, Label
     vote = ballot(values, lambda j: _mean_without(values, total, heard, j), leave_one_out(model, sample))
     sure = vote.share >= LICENCE_SHARE and vote.gain > SURE_GAIN / np.sqrt(len(values))
     if not sure:
-        return "mean", None, f"the verifiers do not surely prefer a model of scores ({_told(vote)})"
-    return "gaussian", model, f"two-class Gaussian EM, which the verifiers prefer to the mean ({_told(vote)})"
+        return model, None, f"the verifiers do not surely prefer a model of scores ({_told(vote)})"
+    return model, model.fit(table), f"two-class Gaussian EM, which the verifiers prefer to the mean ({_told(vote)})"
 
 
 def jury_on_votes(table: VerdictTable, model: DawidSkene) -> tuple[Ballot, int]:

@@ -21,6 +21,7 @@ from align.ensemble.table import VerdictTable
 DETERMINED = 0.995  # share of a verifier's variance that the others explain before it says nothing new
 ROWS_PER_COLUMN = 10  # fewer rows per column and a regression explains by chance
 LOPSIDED = 0.2  # a rarer verdict is rare below this share of the commonest rarer verdict
+LOOKED_AT = 20_000  # rows that are looked at for dependence; more tell nothing new
 MIN_SOURCES = 3  # fewer sources identify nothing
 MIN_GROUPS = 30  # prompts with several responses before within-prompt differences are looked at
 ON_RESPONSES = 0.5  # share of a channel's evidence that must hold inside a prompt
@@ -35,7 +36,8 @@ def determined(table: VerdictTable) -> list[int]:
     Among columns that are determined, the one most correlated with the others goes first: a count of votes goes, and
     the votes, which know who said it, stay.
     """
-    values, heard = table.values, ~np.isnan(table.values)
+    values = spread_rows(table.values, LOOKED_AT)
+    heard = ~np.isnan(values)
     gone: list[int] = []
     if len(values) < ROWS_PER_COLUMN * 2 * values.shape[1]:
         return gone
@@ -53,6 +55,11 @@ def determined(table: VerdictTable) -> list[int]:
             return gone
         mass = np.abs(found[: len(kept), : len(kept)]).mean(axis=1)
         gone.append(kept[worst[int(np.argmax(mass[worst]))]])
+
+
+def spread_rows(values: np.ndarray, most: int) -> np.ndarray:
+    """At most about `most` rows, evenly spread over all."""
+    return values[:: max(1, len(values) // most)]
 
 
 def _explained(i: int, kept: Sequence[int], heard: np.ndarray, everything: np.ndarray) -> bool:

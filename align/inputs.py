@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from align.errors import InputError
+from align.labels import KEY
 from align.launcher import uses_gpu
 from align.model_files import check_model_dir, fingerprint, on_the_hub, resolve_model
+from align.prompt_sources import existing_file
 from align.recipe import Recipe
 from align.sampling.environment import check_engine_settings
 from align.storage.durable import hash_file
@@ -61,6 +63,11 @@ def check_inputs(recipe: Recipe, *, download: bool = True) -> tuple[list[str], d
         check_model_dir(Path(directory), key=key)
         identity[key] = fingerprint(Path(directory))
 
+    def labels() -> None:
+        file = recipe.ensemble.labels.file
+        if file is not None:
+            identity[KEY] = hash_file(existing_file(file, KEY)).sha256
+
     def critic() -> None:
         settings = recipe.training.rl.critic
         if settings.model is not None and here(settings.model):
@@ -73,6 +80,7 @@ def check_inputs(recipe: Recipe, *, download: bool = True) -> tuple[list[str], d
         model,
         shape,
         critic,
+        labels,
         lambda: check_engine_settings(recipe.sampling.engine, "sampling.engine"),
         *(lambda p=p, d=d: aligned(p, d) for p, d in enumerate(recipe.training.supervised.aligned)),
         *(lambda spec=spec: verifier(spec, f"verifiers.{spec.name}") for spec in recipe.verifiers),

@@ -91,11 +91,15 @@ STAGES: dict[str, Callable[[Run, int], object]] = {
 }
 
 
+GOES_ON = ("score", "pair", "train")
+"""Verbs that need what an earlier one made: they begin no run."""
+
+
 def run_verb(recipe: Recipe, verb: str, round_index: int | None = None) -> int:
     """What `align VERB` does on this rank; returns the exit status.  Collective: every rank calls it."""
     ranks = distributed.connect(recipe.rank_timeout_s)
     try:
-        with Run.open(recipe, ranks) as run:
+        with Run.open(recipe, ranks, allow_new=verb not in GOES_ON) as run:
             if verb == "run":
                 run_loop(run)
             elif verb == "export":

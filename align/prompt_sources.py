@@ -62,7 +62,7 @@ def read_rows(
     if source.startswith("hub:"):
         rows = list(islice(_hub_rows(source, columns, key, revision), limit))
     else:
-        rows = list(islice(_file_rows(_existing_file(source, key), columns, key), limit))
+        rows = list(islice(_file_rows(existing_file(source, key), columns, key), limit))
     if not rows:
         raise InputError(f"{key}: {source} holds no rows; a prompt source needs at least one for each split")
     return rows
@@ -70,7 +70,7 @@ def read_rows(
 
 def iterate_rows(source: str, *, key: str) -> Iterator[Row]:
     """The rows of a file one after the other, with all their columns; a file without rows gives none."""
-    yield from _file_rows(_existing_file(source, key), (), key)
+    yield from _file_rows(existing_file(source, key), (), key)
 
 
 def text_of(row: Row, column: str, errors: RowErrors, *, integers: bool = False) -> str | None:
@@ -118,7 +118,8 @@ def _missing_column(column: str, present: list[str]) -> str:
     return f"no column {column!r}; {hint}"
 
 
-def _existing_file(source: str, key: str) -> Path:
+def existing_file(source: str, key: str) -> Path:
+    """The path of a file that can be read as rows; InputError says why another cannot."""
     path = Path(source).expanduser()
     if path.is_dir():
         raise InputError(f"{key}: {source} is a directory; name a file that ends in {', '.join(ENDINGS)}")

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from align.recipe_base import Block, Count, Fraction, NonNegative, Positive
 from align.recipe_group import group_faults
+from align.recipe_labels import Labels, label_faults
 from align.recipe_negative import negative_faults
 from align.recipe_preference import preference_faults
 from align.recipe_rl import policy_gradient_faults
@@ -193,6 +194,7 @@ class Ensemble(Block):
     """Rounds of EM at most."""
     min_voters: Count = 1
     """A response with fewer verdicts gets no score and leaves the round."""
+    labels: Labels = Labels()
 
 
 class Pairs(Block):
@@ -285,6 +287,8 @@ class Recipe(Block):
     sampling: Sampling = Sampling()
     verifiers: Annotated[tuple[VerifierSpec, ...], Field(min_length=1)]
     """What scores a response; each entry has a `kind` and a `name`."""
+    verdict_cache: bool = True
+    """Remember the numbers of slow verifiers by content, in `output_dir`, for later rounds and other runs."""
     ensemble: Ensemble = Ensemble()
     pairs: Pairs = Pairs()
     training: Training = Training()
@@ -297,14 +301,14 @@ class Recipe(Block):
         gold = [("evaluation.gold", self.evaluation.gold)] if self.evaluation.gold is not None else []
         return [*((f"verifiers.{place}", verifier) for place, verifier in enumerate(self.verifiers)), *gold]
 
-    @model_validator(mode="after")
-    def _hangs_together(self) -> Recipe:
-        """One line per contradiction, each beginning with the key to look at, so that all are shown at once."""
-        wrong: list[str] = []
     def verifier_columns(self) -> tuple[str, ...]:
         """Columns of the prompt source that verifiers read, beside the prompt and its answer."""
         return tuple(sorted({column for _, verifier in self._blocks() for column in verifier.columns}))
 
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Recipe:
+        """One line per contradiction, each beginning with the key to look at, so that all are shown at once."""
+        wrong: list[str] = []
         names = [v.name for v in self.verifiers]
         for place, name in enumerate(names):
             if name in names[:place]:
@@ -318,16 +322,16 @@ class Recipe(Block):
                 for key, verifier in self._blocks()
                 if verifier.kind == "answer"
             ]
-        if self.policy.from_scratch is not None and self.cold_start is None:
-            wrong.append("policy.from_scratch: a random model cannot sample; add a `cold_start` block")
-        if self.policy.lora is not None and self.training.freeze != "none":
-            wrong.append("training.freeze: adapters leave all weights as they are already; take one of the two out")
         if self.prompts.source == "arithmetic":
             wrong += [
                 f"{key}: reads the column {verifier.columns[0]!r}, and the built-in task has no columns; name a file"
                 for key, verifier in self._blocks()
                 if verifier.columns
             ]
+        if self.policy.from_scratch is not None and self.cold_start is None:
+            wrong.append("policy.from_scratch: a random model cannot sample; add a `cold_start` block")
+        if self.policy.lora is not None and self.training.freeze != "none":
+            wrong.append("training.freeze: adapters leave all weights as they are already; take one of the two out")
         if self.cold_start is not None and self.cold_start.source == "prompts" and self.prompts.source != "arithmetic":
             wrong.append("cold_start.source: `prompts` writes solutions for the arithmetic task only; name a file")
         if self.export.lora == "keep" and self.policy.lora is not None and self.cold_start is not None:
@@ -351,7 +355,7 @@ class Recipe(Block):
             wrong += group_faults(self)
         if self.training.trainer.family == "negative":
             wrong += negative_faults(self)
-        wrong += preference_faults(self)
+        wrong += preference_faults(self) + label_faults(self)
         if self.training.trainer.consumes != "pairs" and self.pairs.changed():
             wrong.append(f"pairs: {self.training.algorithm} learns from scores and builds no pairs; take the block out")
         outputs = {v.name: v.output for v in self.verifiers}

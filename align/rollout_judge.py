@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from align.ensemble.combine import combine
-from align.ensemble.table import from_records
+from align.labels import combine_told, told
 from align.records import Prompt, Sample, Score, Verdict
 from align.verifiers.base import Item
 from align.verifiers.runner import VerifierPool, count_reasons
@@ -50,8 +49,10 @@ class Judge:
         if self._alone is not None:
             return [v.value for v in verdicts]
         samples = self._run.read(self._round, "samples")
-        table = from_records([*samples, *rows], [*self._run.read(self._round, "verdicts"), *verdicts], self._specs)
-        found, least = combine(table, self._run.recipe.ensemble), self._run.recipe.ensemble.min_voters
+        everything = [*self._run.read(self._round, "verdicts"), *verdicts]
+        known = told(self._run, self._round)
+        found = combine_told(self._run, [*samples, *rows], everything, self._specs, known)
+        least = self._run.recipe.ensemble.min_voters
         both = zip(found.p_good[len(samples) :], found.voters[len(samples) :], strict=True)
         return [float(p) if voters >= least else None for p, voters in both]
 

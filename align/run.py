@@ -17,6 +17,7 @@ from align.distributed import Ranks
 from align.errors import InputError, RunError
 from align.faults import reach
 from align.inputs import check_inputs
+from align.labels import Labelled, read_labels
 from align.model_files import check_model_dir, resolve_model
 from align.progress import say
 from align.prompts import PromptSet, load_prompts, round_prompts
@@ -25,15 +26,17 @@ from align.recipe_rl import greedy_per_prompt
 from align.records import Prompt, Sample
 from align.sampling.environment import context_length
 from align.store import RunStore
-from align.summary import build_summary, render_evaluation, render_report, verifier_rows
+from align.summary import build_summary, render_evaluation, render_report
 from align.training.control import Control, control_of, mask_id
+from align.verifiers.cache import VerdictCache, open_cache
+from align.verifiers.registry import IN_PROCESS
 from align.verifiers.runner import VerifierPool
-from align.verifiers.spec import RewardModelSpec
+from align.verifiers.spec import VerifierSpec
 
 if TYPE_CHECKING:
     from align.sampling.engine import Sampler
     from align.training.engine import PolicyEngine
-    from align.verifiers.reward_model import RewardModel
+    from align.verifiers.base import ModelVerifier
 
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 48
@@ -53,7 +56,9 @@ class Run:
         self._synced_version: int | None = None
         self._policy: PolicyEngine | None = None
         self._pools: dict[bool, VerifierPool] = {}
-        self._reward_models: list[RewardModel] = []
+        self._model_verifiers: list[ModelVerifier] = []
+        self._labelled = Labelled()
+        self._verdict_cache: VerdictCache | None = None
         self._cache: dict[tuple[int, str], list] = {}
         previous = store.read_json(None, "summary") or {}
         self._seconds.update({k: v for k, v in previous.get("seconds", {}).items() if k != "total"})
@@ -62,10 +67,10 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(cls, recipe: Recipe, ranks: Ranks) -> Iterator[Run]:
+    def open(cls, recipe: Recipe, ranks: Ranks, *, allow_new: bool = True) -> Iterator[Run]:
         """Check what can be checked before anything heavy starts, open the run directory, and close all at the end."""
         remarks, identity = check_inputs(recipe)
-        store = RunStore.open(recipe, ranks, identity=identity)
+        store = RunStore.open(recipe, ranks, identity=identity, allow_new=allow_new)
         run = cls(recipe, ranks, store)
         for line in (*remarks, *store.notices):
             run.say(line)
@@ -82,7 +87,8 @@ class Run:
         After an error, what goes wrong here is told and left: the user must see the first error, not the last.
         """
         steps: list[Callable[[], object]] = [pool.close for pool in self._pools.values()]
-        steps += [model.close for model in self._reward_models]
+        steps += [model.close for model in self._model_verifiers]
+        steps += [self._verdict_cache.close] if self._verdict_cache is not None else []
         if self._policy is not None:
             steps.append(self._policy.close)
         if self._sampler is not None:
@@ -169,8 +175,14 @@ class Run:
                 found = load_prompts(self.recipe, tokenizer, room)
             self.store.pin("prompts", {"digest": found.digest, **found.report})
             self.say(f"prompts: {', '.join(f'{v} {k}' for k, v in found.report.items())}")
+            self._labelled = read_labels(self.recipe, found, tokenizer)
             self._prompts = found
         return self._prompts
+
+    def labelled(self) -> Labelled:
+        """The responses of the recipe's label file, none where it names none."""
+        self.prompts()
+        return self._labelled
 
     def control(self) -> Control:
         """The texts that stand in front of the policy's prompts, where its loss has any."""
@@ -225,16 +237,20 @@ class Run:
         if gold not in self._pools:
             chosen = (self.recipe.evaluation.gold,) if gold else self.recipe.verifiers
             specs = tuple(v for v in chosen if v is not None)
-            in_process = {v.name: self._reward_model(v) for v in specs if v.kind == "reward_model"}
-            self._pools[gold] = VerifierPool(specs, seed=self.recipe.seed, in_process=in_process)
+            in_process = {v.name: self._model_verifier(v) for v in specs if v.kind in IN_PROCESS}
+            cache = self._verdict_cache
+            if cache is None and self.recipe.verdict_cache:
+                cache = open_cache(specs, self.store.root.parent, self.recipe.policy.dtype, self.model_dir, self.say)
+            self._verdict_cache = cache
+            self._pools[gold] = VerifierPool(specs, self.recipe.seed, in_process, cache)
         return self._pools[gold]
 
-    def _reward_model(self, spec: RewardModelSpec) -> RewardModel:
-        from align.verifiers.reward_model import RewardModel
+    def _model_verifier(self, spec: VerifierSpec) -> ModelVerifier:
+        from align.verifiers import in_process
 
         with self.timed("start_reward_model"):
-            self._reward_models.append(RewardModel(spec, dtype=self.recipe.policy.dtype))
-        return self._reward_models[-1]
+            self._model_verifiers.append(in_process.build(spec, self.recipe.policy.dtype, self.model_dir))
+        return self._model_verifiers[-1]
 
     def probes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(prompt ids, response ids) on which trainer and sampler are compared: real prompts, and one sequence that
@@ -357,10 +373,6 @@ class Run:
     def say_evaluation(self, version: int) -> None:
         """The evaluation of one version as one line."""
         self.say(f"round {version}: {render_evaluation(self.kept(version, 'evaluation'))}")
-
-    def verifier_rows(self, estimates: Sequence[Any], verdicts: Sequence[Any]) -> dict[str, Any]:
-        """Per verifier: estimated accuracy and rates, coverage, reasons of failure, seconds."""
-        return verifier_rows(estimates, verdicts)
 
     def write_summary(self, status: str) -> None:
         """summary.json, from what is committed and what was counted."""

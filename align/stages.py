@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from align.ensemble.combine import combine, to_scores
+from align.ensemble.combine import to_scores
 from align.ensemble.table import from_records
 from align.errors import InputError, RunError
 from align.evaluation.metrics import evaluate as measure
 from align.evaluation.report import ensemble_report
+from align.labels import combine_told, told, unseen, verify_labels
 from align.pairs import BUILDERS, PairReport, build_pairs
 from align.prefix_values import STEP_BUILDERS, PairStage
 from align.preflight import preflight, settled
@@ -24,6 +25,7 @@ from align.recipe import Recipe
 from align.recipe_rl import greedy_per_prompt
 from align.records import Prompt, Sample, Verdict
 from align.resampling import plan_resampling
+from align.summary import verifier_rows
 from align.verifiers.base import Item
 from align.verifiers.runner import count_reasons
 
@@ -115,13 +117,15 @@ def score(run: Run, round_index: int) -> None:
     prompts = {p.id: p for p in run.round_prompts(round_index)}
     with run.timed("verify"):
         _verify_shards(run, round_index, "samples", "verdicts", prompts)
+        verify_labels(run)
         if run.recipe.evaluation.gold is not None:
             _verify_shards(run, round_index, "samples", "gold", prompts)
     if run.store.stage_done(round_index, "scores"):
         return
+    accounts = run.ranks.gather(run.verifier_pool(gold=False).costs())
     with run.timed("combine"), run.ranks.stage("combine"):
         if run.ranks.rank == 0:
-            _combine(run, round_index)
+            _combine(run, round_index, accounts)
     run.store.commit_stage(round_index, "scores", 1)
 
 
@@ -137,7 +141,12 @@ def _verify_shards(run: Run, round_index: int, source: str, stage: str, prompts:
         mine = pending[ranks.rank :: ranks.world_size]
         with track(f"round {round_index}: {stage}", total=sum(len(shards[i]) for i in mine), unit="samples") as bar:
             for i in mine:
-                store.commit_shard(round_index, stage, i, pool.verify(items(shards[i], prompts)))
+                store.commit_shard(
+                    round_index,
+                    stage,
+                    i,
+                    pool.verify(items(shards[i], prompts), f"{run.recipe.name}/{round_index}/{stage}"),
+                )
                 bar.advance(len(shards[i]))
     store.commit_stage(round_index, stage, len(shards))
 
@@ -153,21 +162,22 @@ def items(samples: Sequence[Sample], prompts: dict[str, Prompt]) -> list[Item]:
             answer=prompts[s.prompt_id].answer,
             response_tokens=len(s.response_ids),
             finish_reason=s.finish_reason,
+            columns=prompts[s.prompt_id].columns,
         )
         for s in samples
     ]
 
-            columns=prompts[s.prompt_id].columns,
 
-def _combine(run: Run, round_index: int) -> None:
+def _combine(run: Run, round_index: int, accounts: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
     """Rank 0: verdicts to scores, and the report of how the ensemble did against gold where gold is known."""
     samples = run.read(round_index, "samples")
     verdicts: list[Verdict] = run.read(round_index, "verdicts")
     table = from_records(samples, verdicts, run.recipe.verifiers)
-    combined = combine(table, run.recipe.ensemble)
+    known = told(run, round_index)
+    combined = combine_told(run, samples, verdicts, run.recipe.verifiers, known)
     scores, counts = to_scores(samples, combined, run.recipe.ensemble.min_voters)
     run.store.commit_shard(round_index, "scores", 0, scores)
-    gold = run.gold_values(round_index, "gold", samples)
+    gold = unseen(run.gold_values(round_index, "gold", samples), samples, known)
     run.keep(
         round_index,
         "ensemble",
@@ -176,7 +186,8 @@ def _combine(run: Run, round_index: int) -> None:
             "why": combined.why,
             "warnings": list(combined.warnings),
             "counts": counts,
-            "verifiers": run.verifier_rows(combined.estimates, verdicts),
+            "labels": None if known is None else dict(known.report),
+            "verifiers": verifier_rows(combined.estimates, verdicts, accounts),
             "on_gold": None if gold is None else ensemble_report(table, combined, gold),
             "resampling": plan_resampling(combined.p_good, table.prompts),
         },
@@ -185,8 +196,8 @@ def _combine(run: Run, round_index: int) -> None:
         run.say(f"round {round_index}: {warning}")
     for name, reasons in count_reasons(verdicts).items():
         if reasons:
-            told = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-            run.say(f"round {round_index}: {name} gave no verdict on {reasons.total()} of {len(samples)}: {told}")
+            listed = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+            run.say(f"round {round_index}: {name} gave no verdict on {reasons.total()} of {len(samples)}: {listed}")
 
 
 def pair(run: Run, round_index: int) -> None:

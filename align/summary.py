@@ -84,12 +84,24 @@ def _version(package: str) -> str | None:
         return None
 
 
-def verifier_rows(estimates: Sequence[Any], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Per verifier: what the ensemble estimates of it, why it abstained and how often, and the seconds it took."""
+def verifier_rows(
+    estimates: Sequence[Any], verdicts: Sequence[Verdict], accounts: Sequence[Mapping[str, Mapping[str, float]]] = ()
+) -> dict[str, Any]:
+    """Per verifier: what the ensemble estimates of it, why it abstained and how often, and what it cost.
+
+    `remembered` verdicts were known from an earlier question and took no time.  `accounts` has, rank by rank, what
+    verifiers counted themselves (tokens, requests); of shards that were committed before a restart it knows nothing.
+    """
     reasons: dict[str, Counter[str]] = {e.name: Counter() for e in estimates}
     seconds: dict[str, float] = dict.fromkeys(reasons, 0.0)
+    remembered: Counter[str] = Counter()
+    counted = {name: Counter[str]() for name in reasons}
+    for account in accounts:
+        for name, counts in account.items():
+            counted[name].update(counts)
     for verdict in verdicts:
         seconds[verdict.verifier] += verdict.seconds
+        remembered[verdict.verifier] += verdict.value is not None and verdict.seconds == 0.0
         if verdict.reason is not None:
             reasons[verdict.verifier][verdict.reason] += 1
     return {
@@ -101,6 +113,8 @@ def verifier_rows(estimates: Sequence[Any], verdicts: Sequence[Verdict]) -> dict
             "positive_rate": e.positive_rate,
             "abstained": dict(reasons[e.name].most_common(10)),
             "seconds": round(seconds[e.name], 4),
+            "remembered": remembered[e.name],
+            **({"counted": dict(counted[e.name])} if counted[e.name] else {}),
         }
         for e in estimates
     }

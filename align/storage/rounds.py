@@ -42,6 +42,7 @@ STAGES: dict[str, type[parquet.Record]] = {
     "eval_gold": Verdict,
     "preflight_samples": Sample,
     "preflight_verdicts": Verdict,
+    "label_verdicts": Verdict,
 }
 _MADE_FROM = {
     "verdicts": "samples",

@@ -226,7 +226,6 @@ def test_a_pattern_that_backtracks_for_ever_times_out_by_itself() -> None:
         assert [v.value if v.reason is None else v.reason for v in verdicts] == [
             1.0, 0.0, "timed out after 0.5 s", 1.0, 0.0, 0.0
         ]  # fmt: skip
-        assert verifiers.failures["evil"] == {"timed out after 0.5 s": 1}
 
 
 def test_a_tower_of_powers_harms_neither_the_machine_nor_the_others() -> None:

@@ -105,13 +105,17 @@ class Here:
     def __init__(self, specs: Sequence[Any], seed: int) -> None:
         self.verifiers = [build(spec) for spec in specs]
 
-    def verify(self, items: Sequence[Item]) -> list[Verdict]:
+    def verify(self, items: Sequence[Item], stage: str | None = None) -> list[Verdict]:
         said = {v.name: judge(v, items) for v in self.verifiers}
         return [
             Verdict(item.sample_id, name, *((None, of[i]) if isinstance(of[i], str) else (of[i], None)))
             for i, item in enumerate(items)
             for name, of in said.items()
         ]
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Nothing is counted."""
+        return {}
 
     def close(self) -> None:
         """Nothing to end."""
@@ -296,7 +300,7 @@ def test_a_round_that_cannot_be_cut_or_costs_too_much_stops(
 class Silent(Here):
     """Has nothing to say of what a rollout completed."""
 
-    def verify(self, items: Sequence[Item]) -> list[Verdict]:
+    def verify(self, items: Sequence[Item], stage: str | None = None) -> list[Verdict]:
         return [Verdict(item.sample_id, "correct", None, "the text is strange") for item in items]
 
 

@@ -1,6 +1,6 @@
 """Dawid-Skene against crowd-kit 1.4.2 and the matched moments against Snorkel 0.10.0, by answers they gave once.
 
-`benchmarks/ensemble_vs_oracles.py` compares them afresh where both can be imported.  The votes are drawn here; crowd-kit
+`benchmarks/ensemble_vs_oracles.py` compares them afresh where both can be imported.  Here crowd-kit
 ran with n_iter=100, tol=1e-5, Snorkel's LabelModel with 5000 epochs, lr 0.01, seed 0 and the class balance given.
 The tolerance is 0.005: crowd-kit stops at a relative change of 1e-5, before doubtful items have settled.
 """

@@ -23,7 +23,13 @@ from align.errors import InputError
 
 _INIT = Path(__file__).with_name("sandbox_init.py")
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
-_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/scratch", "TMPDIR": "/scratch", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # fmt: skip
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/scratch",
+    "TMPDIR": "/scratch",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",
+}
 _FIRST_USER = 1_000_000_000  # far above any user of a machine
 SETUP_S = 30.0  # longest time until the program runs
 

@@ -49,8 +49,9 @@ FORBIDDEN = {
 }  # fmt: skip
 """socket shmget semget msgget mq_open memfd_create memfd_secret ptrace process_vm_readv process_vm_writev kcmp
 pidfd_getfd mount umount2 pivot_root chroot unshare setns open_tree move_mount fsopen fsconfig fsmount fspick
-mount_setattr name_to_handle_at open_by_handle_at reboot swapon swapoff init_module finit_module delete_module kexec_load
-kexec_file_load bpf perf_event_open userfaultfd add_key request_key keyctl io_uring_setup io_uring_enter io_uring_register
+mount_setattr name_to_handle_at open_by_handle_at reboot swapon swapoff init_module finit_module delete_module
+kexec_load kexec_file_load bpf perf_event_open userfaultfd add_key request_key keyctl io_uring_setup io_uring_enter
+io_uring_register
 acct syslog quotactl personality settimeofday clock_settime, and on x86 iopl ioperm modify_ldt; fanotify_init last."""
 
 libc = ctypes.CDLL(None, use_errno=True)

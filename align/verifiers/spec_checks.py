@@ -10,7 +10,7 @@ from align.verifiers.spec_base import VerifierBlock
 
 
 class InstructionsSpec(VerifierBlock):
-    """Instructions that a program can check: counts, words to use or leave out, JSON, bullets, case (binary: all are followed)."""
+    """Instructions that a program can check: counts, words in or out, JSON, bullets (binary: all are followed)."""
 
     output = "binary"
     kind: Literal["instructions"]

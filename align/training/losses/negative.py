@@ -20,10 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0
-"""A log-ratio beyond this is cut in the exponential."""
-CERTAIN = 1e-6
-"""Unlikelihood sees no probability nearer to 1 than this: -log(1 - π) has no bound, and float32 ends there."""
+from align.training.losses import policy_gradient
+from align.training.losses.supervised import minus_log1m
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +57,7 @@ def unlikelihood(batch: TokenBatch) -> Tensor:
     Its push is π_y at the sampled token and -π_y π_v / (1-π_y) at the others (logits): strongest where the policy is
     sure.
     """
-    probability = batch.logprobs.exp().clamp(max=1.0 - CERTAIN)
-    return torch.where(batch.sign < 0, -torch.log1p(-probability), 0.0)
+    return torch.where(batch.sign < 0, minus_log1m(batch.logprobs), 0.0)
 
 
 def d2o(own_ratio: Tensor, bad_ratio: Tensor, *, beta: float, d2o_alpha: float) -> Tensor:
@@ -79,5 +76,4 @@ def _reinforced(batch: TokenBatch, form: str, clip: float) -> Tensor:
     if form == "probability":
         return -batch.sign * batch.logprobs.exp()
     assert form == "ratio", form
-    ratio = (batch.logprobs - batch.old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    return torch.maximum(-batch.sign * ratio, -batch.sign * ratio.clamp(1.0 - clip, 1.0 + clip))
+    return policy_gradient.clipped(policy_gradient.TokenBatch(batch.logprobs, batch.old, batch.sign), clip, clip)

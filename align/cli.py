@@ -138,6 +138,28 @@ def verify(
 
 
 @app.command()
+def distil(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    *,
+    base: Annotated[str | None, typer.Option("--base", help="The model to start from; the policy's own.")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Keep only its first layers.")] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the scored responses.")] = 3,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Responses in one step.")] = 64,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="Peak learning rate.")] = 1e-4,
+) -> None:
+    """Teach what the run's ensemble says to one small reward model, and say how much of it was kept."""
+    from align.progress import clean
+    from align.recipe_file import load_recipe
+    from reward_models.distil import run_distil
+    from reward_models.scorer import Fitting
+
+    loaded = load_recipe(recipe, overrides or ())
+    settings = Fitting(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=loaded.seed)
+    print(clean("\n".join(run_distil(loaded, base, layers, settings))))
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, what is missing, and what to do about it."""
     from align.doctor import examine

@@ -141,7 +141,8 @@ def _introduction(recipe: Recipe, summary: Mapping[str, Any]) -> str:
 def _loss(recipe: Recipe) -> str:
     """The loss with the settings it reads, where there is more to say than the algorithm's name."""
     facts, settings = recipe.training.loss_facts, recipe.training.loss
-    told = [f"{option} {getattr(settings, option)}" for option in facts.options if getattr(settings, option) is not None]
+    values = {option: getattr(settings, option) for option in facts.options}
+    told = [f"{option} {value}" for option, value in values.items() if value is not None]
     name = [] if facts.name == recipe.training.algorithm else [f"{facts.name} loss"]
     return f" ({escape(', '.join([*name, *told]))})" if name or told else ""
 

@@ -36,7 +36,7 @@ class Loss(Block):
     divergence_alpha: Positive = 0.5
     """α of the alpha-divergence; 1 is the reverse KL."""
     ld_alpha: Fraction | None = None
-    """LD-DPO: factor on the log-probabilities behind the length of the pair's shorter response. Default: no such cut."""
+    """LD-DPO: factor on the log-probabilities behind the length of the pair's shorter response. Default: no cut."""
     wpo: bool = False
     """WPO: weight each pair by how likely the policy is to write its two responses."""
     reward_shift: Literal["running", "none"] = "running"

@@ -12,8 +12,8 @@ from align.errors import InputError
 from align.recipe_training import Training
 from align.records import Pair, Sample
 from align.training.deepspeed_config import deepspeed_config, effective_stage
-from align.training.sharded import _group_by_prompt
 from align.training.preference import _steps, make_units
+from align.training.sharded import _group_by_prompt
 from align.training.steps import assign
 
 SAMPLES = {

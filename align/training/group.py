@@ -31,6 +31,7 @@ from align.training.losses.unpaired import reference_point
 from align.training.scored import ScoredRow, make_steps, rows_of, scored_groups, split_units, whole_unit
 from align.training.steps import Part, PlainObjective, TrainReport, Unit, mean_report, response_totals, train_step
 from align.training.trainers import OnStep, RoundData, prompts_per_step
+from align.training.upload import upload
 
 Rows = Sequence[ScoredRow]
 SINGLE = ("kto", "apo_zero_unpaired")
@@ -52,6 +53,8 @@ def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: 
 
     seeds = [f"{recipe.seed}/{data.round}/{epoch}" for epoch in range(training.epochs)]
     epochs = [make_steps(groups, prompts_per_step(recipe), seed, to_units) for seed in seeds]
+    if name == "kto":
+        epochs = [with_company(steps) for steps in epochs]
     objective = _objective(engine, [step for steps in epochs for step in steps], recipe)
     rows: list[dict] = []
     for epoch, steps in enumerate(epochs):
@@ -81,6 +84,13 @@ def usable(groups: Mapping[str, Rows], name: str, counts: Counter[str]) -> dict[
         else:
             kept[prompt] = rows
     return kept
+
+
+def with_company(steps: list[list[Unit[ScoredRow]]]) -> list[list[Unit[ScoredRow]]]:
+    """A last step of one prompt joins the one before it: alone, KTO's z would have nothing to be estimated from."""
+    if len(steps) < 2 or len({row.sample.prompt_id for unit in steps[-1] for row in unit.rows}) > 1:
+        return steps
+    return [*steps[:-2], steps[-2] + steps[-1]]
 
 
 def _objective(engine: PolicyEngine, steps: Sequence[Sequence[Unit]], recipe: Recipe) -> GroupObjective | KtoObjective:
@@ -215,7 +225,7 @@ class KtoObjective(PlainObjective):
 
 
 def _column(values: Sequence[float] | float, like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)
+    return upload(values, like.dtype, like.device)
 
 
 def _ends(records: GroupBatch) -> tuple[Tensor, Tensor]:

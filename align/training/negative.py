@@ -39,6 +39,7 @@ from align.training.losses.negative import TokenBatch
 from align.training.scored import ScoredRow, make_steps, per_token, rows_of, scored_groups, split_units, whole_unit
 from align.training.steps import Part, PlainObjective, TrainReport, Unit, mean_report, response_totals, train_step
 from align.training.trainers import OnStep, RoundData, prompts_per_step
+from align.training.upload import upload
 
 STATE = "negative"
 """Where `PolicyEngine.trainer_state` keeps the first step's entropy and the stop."""
@@ -225,13 +226,12 @@ class SignedObjective(_Counting):
         """The micro-batch's share of the global loss and of the metrics."""
         rows, logprobs, entropies = rows_of(batch, units), found.logprobs, found.entropies
         assert entropies is not None
-        lengths = batch.lengths.to(logprobs.device)
-        sign = torch.tensor([float(r.sign) for r in rows], dtype=logprobs.dtype, device=logprobs.device)  # [K]
+        lengths = upload(batch.lengths.tolist(), torch.int64, logprobs.device)
+        sign = upload([float(r.sign) for r in rows], logprobs.dtype, logprobs.device)  # [K]
         old = logprobs.detach()
         if self._old:
-            flat = np.concatenate([self._old[r.sample.id] for r in rows])
-            old = torch.from_numpy(flat).to(logprobs)
-        by_token = self._loss(TokenBatch(logprobs, old, per_token(sign, batch.lengths.to(sign.device))))
+            old = upload(np.concatenate([self._old[r.sample.id] for r in rows]), logprobs.dtype, logprobs.device)
+        by_token = self._loss(TokenBatch(logprobs, old, per_token(sign, lengths, len(logprobs))))
         losses = per_response(by_token, lengths)  # [K]
         divisor = self.judged_tokens if self._settings.denominator == "all" else self._tokens
         bonus = entropies.sum() * (self._settings.entropy_bonus / self._tokens)
@@ -239,13 +239,14 @@ class SignedObjective(_Counting):
         with torch.no_grad():
             totals = per_response(logprobs, lengths)
             right = sign > 0
-            moved = ((logprobs - old).abs() > np.log1p(self._settings.clip)).sum()
+            ratio, clip = (logprobs - old).exp(), self._settings.clip
+            moved = ((ratio < 1.0 - clip) | (ratio > 1.0 + clip)).sum()
             told = [loss, entropies.sum(), right.sum(), (totals * right).sum(), (totals * ~right).sum(), moved]
             sums = torch.stack([t.double() for t in told]).detach()
         return Part(loss, sums, losses.detach(), [r.sample.id for r in rows])
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Means over the step; `moved` is the share of tokens whose ratio has left the clipping range."""
+        """Means over the step; `moved` is the share of tokens whose ratio, if any, has left the clipping range."""
         wrong = self._responses - sums["right"]
         return {
             "loss": sums["loss"],
@@ -254,7 +255,7 @@ class SignedObjective(_Counting):
             "wrong": wrong,
             "right_logprob": sums["right_logprob"] / max(sums["right"], 1.0),
             "wrong_logprob": sums["wrong_logprob"] / max(wrong, 1.0),
-            "moved": sums["moved"] / self._tokens,
+            **({"moved": sums["moved"] / self._tokens} if self._old else {}),
             "responses": self._responses,
         }
 
@@ -280,19 +281,19 @@ class D2oObjective(_Counting):
     def part(self, batch: PackedBatch, units: Sequence[Unit[SignedRow]], found: TokenLogProbs) -> Part:
         """The micro-batch's share of the global loss and of the metrics."""
         totals, rows = response_totals(batch, found), rows_of(batch, units)
-        device, assigned = totals.device, found.entropies
-        assert assigned is not None
-        reference = [self._reference[r.sample.id] for r in rows]
-        ratio = totals - torch.tensor(reference, dtype=totals.dtype, device=device)
-        own = torch.tensor([r.sign > 0 for r in rows], device=device)
+        device, entropies = totals.device, found.entropies
+        assert entropies is not None
+        ratio = totals - upload([self._reference[r.sample.id] for r in rows], totals.dtype, device)
+        own = upload([r.sign > 0 for r in rows], torch.bool, device)
         sizes = [len(list(members)) for _, members in groupby(batch.members, key=lambda m: m[0])]
-        groups = torch.tensor(sizes, device=device)
+        groups = upload(sizes, torch.int64, device)
         own_ratio = per_response(torch.where(own, ratio, 0.0), groups) / (groups - 1)
         wrong_ratio = per_response(torch.where(own, 0.0, ratio), groups)
         losses = self._loss(own_ratio, wrong_ratio)
         loss = losses.sum() / self._groups
         with torch.no_grad():
-            entropy = (per_response(assigned.detach(), batch.lengths.to(device)) * own).sum()
+            lengths = upload(batch.lengths.tolist(), torch.int64, device)
+            entropy = (per_response(entropies.detach(), lengths) * own).sum()
             told = [loss, entropy, own_ratio.sum(), wrong_ratio.sum(), (own_ratio > wrong_ratio).sum()]
             sums = torch.stack([t.double() for t in told]).detach()
         parts = [u for u, _ in groupby(batch.members, key=lambda m: m[0])]

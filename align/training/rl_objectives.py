@@ -25,6 +25,7 @@ from align.training.logps import TokenLogProbs
 from align.training.losses import policy_gradient as losses
 from align.training.rollouts import Estimates, Rollouts
 from align.training.steps import Part, PlainObjective, Unit, response_totals
+from align.training.upload import upload
 
 Array = np.ndarray
 
@@ -102,19 +103,20 @@ class _Objective(PlainObjective):
 
     def factors(self, batch: PackedBatch, rows: Sequence[ResponseRow], mode: str, device: torch.device) -> Tensor:
         """[N] what each token's loss is multiplied by."""
-        return losses.token_weights(
+        weights = losses.token_weights(
             batch.lengths,
             torch.tensor([row.counted for row in rows]),
             mode,
             tokens=self._tokens,
             responses=self._responses,
             fixed_length=self._fixed,
-        ).to(device)
+        )
+        return upload(weights.numpy(), weights.dtype, device)
 
 
 def _on(values: Array | None, where: Array, device: torch.device) -> Tensor:
     assert values is not None
-    return torch.from_numpy(values[where]).to(device)
+    return upload(values[where], torch.float32, device)
 
 
 class TokenObjective(_Objective):
@@ -169,7 +171,7 @@ class TokenObjective(_Objective):
             largest = tokens.ratio.max()
             self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
             sums = torch.stack([policy, pull, bonus, clip, moved]).double()
-            lengths = batch.lengths.to(device)
+            lengths = upload(batch.lengths.tolist(), torch.int64, device)
             shown = torch.segment_reduce(each.detach(), "mean", lengths=lengths, unsafe=True)
         return Part(loss, sums.detach(), shown, [row.sample_id for row in rows])
 
@@ -219,9 +221,9 @@ class PairObjective(TokenObjective):
         old = _on(self._columns.old, where, device)
         sums_old = response_totals(batch, TokenLogProbs(old))
         now = response_totals(batch, found)
-        rewards = torch.from_numpy(self._rewards[[row.place for row in rows]]).to(device)
+        rewards = upload(self._rewards[[row.place for row in rows]], torch.float32, device)
         firsts, seconds = _pairs_of(batch, rows)
-        a, b = torch.tensor(firsts, device=device).long(), torch.tensor(seconds, device=device).long()
+        a, b = upload(firsts, torch.int64, device), upload(seconds, torch.int64, device)
         each = losses.joint(
             (now[a], now[b]), (sums_old[a], sums_old[b]), (rewards[a], rewards[b]), rl.clip_low, rl.clip_high
         )
@@ -237,7 +239,7 @@ class PairObjective(TokenObjective):
             outside = ((ratio < 1.0 - rl.clip_low) | (ratio > 1.0 + rl.clip_high)).float().sum() / max(self._pairs, 1)
             moved = (by_token * (old - found.logprobs)).sum()
             if len(firsts):
-                largest = ratio.max()
+                largest = ratio.max().float()  # as on a rank that has seen no pair
                 self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
             sums = torch.stack([policy, torch.zeros_like(bonus), bonus, outside, moved]).double()
         names = [f"{rows[i].sample_id}/{rows[j].sample_id}" for i, j in zip(firsts, seconds, strict=True)]
@@ -272,7 +274,8 @@ class ValueObjective(_Objective):
             outside = torch.zeros_like(loss)
             if clip is not None:
                 outside = (weight * ((found.logprobs - old).abs() > clip)).sum()
-            shown = torch.segment_reduce(each.detach(), "mean", lengths=batch.lengths.to(device), unsafe=True)
+            lengths = upload(batch.lengths.tolist(), torch.int64, device)
+            shown = torch.segment_reduce(each.detach(), "mean", lengths=lengths, unsafe=True)
         sums = torch.stack([loss.detach(), outside]).double()
         return Part(loss, sums, shown, [row.sample_id for row in rows])
 

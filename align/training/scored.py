@@ -81,8 +81,6 @@ def rows_of(batch: PackedBatch, units: Sequence[Unit[Row]]) -> list[Row]:
     return [units[unit].rows[response] for unit, response in batch.members]
 
 
-def per_token(values: Tensor, lengths: Tensor) -> Tensor:
-    """[N] each response's value [K] at every one of its tokens."""
-    return torch.repeat_interleave(
-        values, lengths, output_size=int(lengths.sum()) if lengths.device.type == "cpu" else None
-    )
+def per_token(values: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+    """[N] each response's value [K] at every one of its tokens; their number is told, so that no device is asked."""
+    return torch.repeat_interleave(values, lengths, output_size=tokens)

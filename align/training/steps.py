@@ -24,6 +24,7 @@ from align.recipe import Recipe
 from align.training.engine import PolicyEngine, dummy_batch
 from align.training.groups import Group, PackedBatch, Plan, lay_out, plan_batches
 from align.training.logps import TokenLogProbs, per_response
+from align.training.upload import upload
 
 Row = TypeVar("Row")
 
@@ -169,21 +170,10 @@ def _my_batches(engine: PolicyEngine, shares: Sequence[Sequence[Unit[Any]]]) -> 
     return list(shares[engine.ranks.rank]), plans[engine.ranks.rank], max(len(p) for p in plans)
 
 
-def response_sums(engine: PolicyEngine, shares: Sequence[Sequence[Unit[Any]]]) -> list[list[list[float]]]:
-    """Summed log-probability of every response, [rank][unit][response], on every rank.  Collective, no gradient.
-
-    The first pass of a loss that couples a whole step.
-    """
-    mine = shares[engine.ranks.rank]
-    sequences = [(u.group.prompt, r) for u in mine for r in u.group.responses]
-    values = iter(engine.token_logprobs(sequences).logprobs)
-    found = [[float(next(values).sum(dtype="float64")) for _ in u.group.responses] for u in mine]
-    return engine.ranks.gather(found, "first pass")
-
-
 def response_totals(batch: PackedBatch, found: TokenLogProbs) -> Tensor:
-    """[K] summed log-probability of the batch's responses."""
-    return per_response(found.logprobs, batch.lengths.to(found.logprobs.device))
+    """[K] summed log-probability of the batch's responses, in float64: what is asked of them are small differences."""
+    lengths = upload(batch.lengths.tolist(), torch.int64, found.logprobs.device)
+    return per_response(found.logprobs.double(), lengths)
 
 
 def _refuse_not_finite(

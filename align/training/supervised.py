@@ -23,9 +23,10 @@ from torch import Tensor
 
 from align.recipe import Recipe
 from align.recipe_supervised import CONDITIONED, SELF_REWARDED
-from align.records import Sample, content_id
+from align.records import content_id
 from align.training import aligned, control, targets
 from align.training.engine import PolicyEngine
+from align.training.first_look import response_sums_of
 from align.training.groups import PackedBatch
 from align.training.logps import TokenLogProbs, per_response
 from align.training.losses.supervised import TokenBatch
@@ -34,6 +35,7 @@ from align.training.steps import Part, PlainObjective, TrainReport, Unit, mean_r
 from align.training.targets import Groups, Target
 from align.training.thoughts import Masking, masking_of
 from align.training.trainers import OnStep, RoundData
+from align.training.upload import upload
 
 IMITATED = ("best_of_n", "filter", "sharpening", "rlhf_sharpening", "poft", "masked_thought", "mml", "quark")
 """Losses to which every response is an example, so that one that was cut is left out."""
@@ -90,21 +92,11 @@ def _self_rewarded(engine: PolicyEngine, groups: Groups, recipe: Recipe, counts:
     """Sharpening: the base policy's own opinion, and for SFT the response that it likes best."""
     training = recipe.training
     samples = [t.sample for members in groups.values() for t in members]
-    sums = base_sums(engine, samples, initial=training.reference == "initial")
+    sums = response_sums_of(engine, samples, reference=training.reference == "initial")
     regressed = training.loss_facts.name == "rlhf_sharpening"
     default = "sum" if regressed else "mean"
     groups = targets.with_base(groups, sums, (training.supervised.self_reward or default) == "mean")
     return targets.several(groups, counts) if regressed else targets.most_self_rewarded(groups, counts)
-
-
-def base_sums(engine: PolicyEngine, samples: Sequence[Sample], initial: bool) -> dict[str, float]:
-    """Summed log-probability of every response under the reference, on every rank; each rank computes a share."""
-    prompts = sorted({s.prompt_id for s in samples})
-    own = {prompts[i] for i in engine.ranks.share(len(prompts))}
-    mine = sorted((s for s in samples if s.prompt_id in own), key=lambda s: (s.prompt_id, s.id))
-    found = engine.token_logprobs([(s.prompt_ids, s.response_ids) for s in mine], reference=initial).logprobs
-    sums = {s.id: float(row.sum(dtype="float64")) for s, row in zip(mine, found, strict=True)}
-    return {i: total for part in engine.ranks.gather(sums, "reference") for i, total in part.items()}
 
 
 def _with_aligned(
@@ -244,10 +236,11 @@ class TokenObjective(_Objective):
 
     def part(self, batch: PackedBatch, units: Sequence[Unit[Target]], found: TokenLogProbs) -> Part:
         """The micro-batch's share."""
-        rows, lengths = rows_of(batch, units), batch.lengths.to(found.logprobs.device)
+        rows, device, count = rows_of(batch, units), found.logprobs.device, len(found.logprobs)
+        lengths = upload(batch.lengths.tolist(), torch.int64, device)
 
         def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-            return per_token(torch.tensor(values, dtype=dtype, device=lengths.device), lengths)
+            return per_token(upload(values, dtype, device), lengths, count)
 
         tokens = TokenBatch(
             logprobs=found.logprobs,
@@ -266,8 +259,9 @@ class ResponseObjective(_Objective):
     def part(self, batch: PackedBatch, units: Sequence[Unit[Target]], found: TokenLogProbs) -> Part:
         """The micro-batch's share."""
         rows, totals = rows_of(batch, units), response_totals(batch, found)
-        reference = torch.tensor([t.aligned for t in rows], dtype=totals.dtype, device=totals.device)
-        losses = self._loss(totals / batch.lengths.to(totals.device), reference, **self._arguments)
+        reference = upload([t.aligned for t in rows], totals.dtype, totals.device)
+        lengths = upload(batch.lengths.tolist(), totals.dtype, totals.device)
+        losses = self._loss(totals / lengths, reference, **self._arguments)
         return self._part(losses.sum() / self._responses, losses, rows, found)
 
 
@@ -294,8 +288,8 @@ class PromptObjective(_WholePrompts):
         """The micro-batch's share."""
         rows, totals, places = rows_of(batch, units), response_totals(batch, found), self._places(batch)
         most = max(map(len, places))
-        index = torch.tensor([[*ks, *ks[:1] * (most - len(ks))] for ks in places], device=totals.device)
-        counted = torch.tensor([[i < len(ks) for i in range(most)] for ks in places], device=totals.device)
+        index = upload([[*ks, *ks[:1] * (most - len(ks))] for ks in places], torch.int64, totals.device)
+        counted = upload([[i < len(ks) for i in range(most)] for ks in places], torch.bool, totals.device)
         losses = self._loss(totals[index], counted, **self._arguments)
         part = self._part(losses.sum() / self._prompts, losses, rows, found)
         return replace(part, names=[rows[ks[0]].sample.prompt_id for ks in places])
@@ -309,14 +303,15 @@ class PairObjective(_WholePrompts):
         rows, totals = rows_of(batch, units), response_totals(batch, found)
 
         def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=totals.dtype, device=totals.device)
+            return upload(values, totals.dtype, totals.device)
 
         ratio = totals - column([t.base for t in rows])
         own = column([t.self_reward for t in rows])
-        pairs = torch.tensor([p for ks in self._places(batch) for p in combinations(ks, 2)], device=totals.device).t()
+        of_prompts = [p for ks in self._places(batch) for p in combinations(ks, 2)]
+        pairs = upload(of_prompts, torch.int64, totals.device).t()
         losses = self._loss(ratio[pairs[0]] - ratio[pairs[1]], own[pairs[0]] - own[pairs[1]], **self._arguments)
         found_part = self._part(losses.sum() / self._pairs, losses, rows, found)
-        names = [f"{rows[a].sample.id}/{rows[b].sample.id}" for a, b in pairs.t().tolist()]
+        names = [f"{rows[a].sample.id}/{rows[b].sample.id}" for a, b in of_prompts]
         return replace(found_part, names=names)
 
 

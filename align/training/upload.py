@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def upload(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+def upload(values: Sequence[Any] | np.ndarray | float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of these numbers.
 
     A copy from ordinary memory waits until the GPU has done all that was asked of it; one from pinned memory does not.

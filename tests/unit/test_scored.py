@@ -56,4 +56,4 @@ def test_rows_and_values_follow_the_layout() -> None:
     units = whole_unit(scored_groups(data(1, 3))["p0"], lambda r: r.sample)
     batch = lay_out([units[0].group], plan_batches([units[0].group], 64)[0])
     assert [row.sample.id for row in rows_of(batch, units)] == ["p0r0", "p0r1", "p0r2"]
-    assert per_token(torch.tensor([1.0, 2.0, 3.0]), batch.lengths).tolist() == [1, 2, 2, 3, 3, 3]
+    assert per_token(torch.tensor([1.0, 2.0, 3.0]), batch.lengths, 6).tolist() == [1, 2, 2, 3, 3, 3]

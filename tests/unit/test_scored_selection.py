@@ -10,7 +10,7 @@ from typing import Any
 from align.recipe import Recipe
 from align.recipe_negative import Negative
 from align.records import Sample, Score
-from align.training.group import mismatches, usable
+from align.training.group import mismatches, usable, with_company
 from align.training.negative import Step, _look_at_entropy, _steps, against_worst, signs
 from align.training.scored import ScoredRow, split_units
 
@@ -64,6 +64,14 @@ def test_kto_s_mismatches_put_every_response_behind_another_prompt() -> None:
     assert found["q", "pb"] == ((ord("q"),), (7, 7))
     assert mismatches(list(reversed(cut))) == found
     assert mismatches(split_units(by_prompt["p"], lambda r: r.sample, 100)) == {}  # nobody else's prompt is there
+
+
+def test_kto_s_last_prompt_is_not_left_alone() -> None:
+    """Alone in a step it has no mismatched responses, and z would be 0 whatever the policy has become."""
+    p, q, r = (split_units(rows(name, [0.9, 0.2]), lambda row: row.sample, 100) for name in "pqr")
+    assert with_company([p + q, r]) == [p + q + r]
+    assert with_company([p, q + r]) == [p, q + r]
+    assert with_company([p]) == [p] and with_company([]) == []
 
 
 # ---- wrong answers ---------------------------------------------------------------------------------------------------

@@ -113,8 +113,11 @@ def _preflight_faults(recipe: Recipe) -> list[str]:
     wrong = []
     if look.rise_from >= look.samples_per_prompt:
         wrong.append(f"{key}.rise_from: pass@k can only rise up to samples_per_prompt, {look.samples_per_prompt}")
-    if look.judge == "gold" and recipe.evaluation.gold is None:
+    gold = recipe.evaluation.gold
+    if look.judge == "gold" and gold is None:
         wrong.append(f"{key}.judge: there is no evaluation.gold; name one, or take `judge` out")
+    if look.judge == "gold" and gold is not None and gold.output != "binary":
+        wrong.append(f"{key}.judge: pass@k counts right answers, and {gold.name} gives scores; take `judge` out")
     if look.mode == "fallback" and recipe.training.negative.positive_weight == 0:
         wrong.append("training.negative.positive_weight: 0 would fall back to what had no chance; 0.1 is usual")
     return wrong

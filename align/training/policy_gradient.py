@@ -50,7 +50,7 @@ def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: 
     rows = _steps(
         engine, rollouts, result, found.samples, recipe, round_index=data.round, beta=beta, told=told, on_step=on_step
     )
-    if rl.kl.target is not None and rl.kl.place != "none":
+    if rl.kl.target is not None and rl.kl.place != "none" and not _warming(engine, recipe, data.round):
         adapted = kl.adapted(beta, told["kl"], rl.kl.target, rl.kl.horizon, len(found.samples))
         engine.trainer_state["kl_beta"] = adapted
     return mean_report(rows, len(found.samples) * training.epochs, time.monotonic() - started, found.counts)
@@ -118,7 +118,7 @@ def _steps(
     kind = PairObjective if training.algorithm == "p3o" else TokenObjective
     actor = kind(recipe, columns, result, beta, engine)
     critic = ValueObjective(recipe, columns) if engine.critic is not None else None
-    warming = critic is not None and round_index < training.rl.critic.warmup_rounds
+    warming = _warming(engine, recipe, round_index)
     rows = []
     for epoch in range(training.epochs):
         for places in _minibatches(rollouts, prompts_per_step(recipe), f"{recipe.seed}/{round_index}/{epoch}"):
@@ -141,6 +141,11 @@ def _steps(
             rows.append(row)
             on_step(row)
     return rows
+
+
+def _warming(engine: PolicyEngine, recipe: Recipe, round_index: int) -> bool:
+    """Whether only the critic learns: a policy that stands still has no KL that a coefficient should follow."""
+    return engine.critic is not None and round_index < recipe.training.rl.critic.warmup_rounds
 
 
 def _minibatches(rollouts: Rollouts, prompts: int, seed: str) -> list[list[int]]:

@@ -63,8 +63,8 @@ def rewarded(
     ordered = sorted(samples.values(), key=lambda s: (s.prompt_id, s.index))
     drawn = [s for s in ordered if not is_greedy(s)]
     greedy = {s.prompt_id: s for s in ordered if is_greedy(s) and s.id in found}
-    counts = {"unscored": sum(s.id not in found for s in drawn)}
     kept = [s for s in drawn if s.id in found and s.response_ids]
+    counts = {"unscored": len(drawn) - len(kept)}  # or without a token
     if algorithm in NEEDS_GREEDY:
         counts["no_greedy"] = sum(s.prompt_id not in greedy for s in kept)
         kept = [s for s in kept if s.prompt_id in greedy]

@@ -140,3 +140,11 @@ def test_a_fallback_may_have_its_own_settings_and_needs_own_samples() -> None:
     assert recipe("d2o", sampling={"top_p": 0.9}).sampling.top_p == 0.9
     with pytest.raises(ValidationError, match="sampling.top_p: "):
         recipe("d2o", sampling={"top_p": 0.9}, negative=fallback)
+
+
+def test_a_gold_verifier_that_gives_scores_cannot_count_right_answers() -> None:
+    given = recipe("nsr", negative={"preflight": {"judge": "ensemble"}}).model_dump()
+    given["training"]["negative"]["preflight"]["judge"] = "gold"
+    given["evaluation"]["gold"] = {"kind": "repetition", "name": "loops"}
+    with pytest.raises(ValidationError, match="preflight.judge: pass@k counts right answers, and loops gives scores"):
+        Recipe.model_validate(given)

@@ -15,7 +15,7 @@ from align.sampling.environment import check_engine_settings
 from align.storage.durable import hash_file
 from align.verifiers import registry
 from align.verifiers.reward_model import check_scorer
-from align.verifiers.spec import RewardModelSpec, VerifierSpec
+from align.verifiers.spec import VerifierSpec
 
 CPU_HEAD_DIM = 32
 
@@ -41,14 +41,14 @@ def check_inputs(recipe: Recipe, *, download: bool = True) -> tuple[list[str], d
             identity["model"] = fingerprint(path)
 
     def verifier(spec: VerifierSpec, where: str) -> None:
-        if isinstance(spec, RewardModelSpec) and not here(spec.model):
+        if spec.checkpoint is not None and not here(spec.checkpoint[0]):
             return
         remarks.extend(registry.check(spec, where))
         for key in ("file", "negative_file"):
             if getattr(spec, key, None) is not None:
                 identity[f"{where}.{key}"] = hash_file(Path(getattr(spec, key))).sha256
-        if isinstance(spec, RewardModelSpec):
-            identity[f"{where}.model"] = fingerprint(resolve_model(spec.model, spec.revision))
+        if spec.checkpoint is not None:
+            identity[f"{where}.model"] = fingerprint(resolve_model(*spec.checkpoint))
 
     def shape() -> None:
         made = policy.from_scratch

@@ -318,9 +318,9 @@ class Recipe(Block):
             wrong.append(f"evaluation.gold: {gold.name!r} is also a verifier; the gold verifier must not train")
         if self.prompts.source != "arithmetic" and self.prompts.answer_column is None:
             wrong += [
-                f"{key}: an `answer` verifier needs reference answers; name their column in prompts.answer_column"
+                f"{key}: {verifier.name!r} needs reference answers; name their column in prompts.answer_column"
                 for key, verifier in self._blocks()
-                if verifier.kind == "answer"
+                if verifier.kind == "answer" or getattr(verifier, "show_answer", False)
             ]
         if self.prompts.source == "arithmetic":
             wrong += [

@@ -41,6 +41,9 @@ IN_PROCESS = ("reward_model", "judge", "meta_ranking", "backward_likelihood", "s
 starts the run builds them (`align.verifiers.in_process`)."""
 
 
+WORD_LISTS = ("lexicon", "vocabulary", "readability")
+"""Kinds whose files are lists of words."""
+
 REMARKABLE = 0.1  # a word list of which more than this share can match nothing is worth a word
 
 
@@ -72,7 +75,7 @@ def check(spec: VerifierSpec, where: str | None = None) -> Sequence[str]:
     if spec.kind in IN_PROCESS and spec.workers > 1:
         raise InputError(f"{prefix}.workers: `{spec.kind}` runs beside the policy, not in processes of its own")
     remarks = []
-    for key in ("file", "negative_file"):
+    for key in ("file", "negative_file") if spec.kind in WORD_LISTS else ():
         path = getattr(spec, key, None)
         if path is None:
             continue

@@ -30,6 +30,12 @@ class VerifierBlock(BaseModel):
     """Processes that judge at the same time, each on its share of the prompts."""
 
     @property
+    def checkpoint(self) -> tuple[str, str | None] | None:
+        """(directory or hub name, commit) of the model that the verifier loads; None where it loads none."""
+        model = getattr(self, "model", None)
+        return None if model is None or getattr(self, "endpoint", None) else (model, getattr(self, "revision", None))
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Columns of the prompt source that the verifier reads, beside the prompt and its answer."""
         return ()

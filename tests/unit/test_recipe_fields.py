@@ -14,16 +14,8 @@ from align.recipe_errors import alternatives
 from align.recipe_training import Loss
 
 ROOT = Path(__file__).parents[2]
-DEFINED_IN = (
-    "align/recipe.py",
-    "align/recipe_rl.py",
-    "align/recipe_steps.py",
-    "align/recipe_training.py",
-    "align/verifiers/spec.py",
-    "align/verifiers/spec_base.py",
-    "align/verifiers/spec_checks.py",
-    "align/verifiers/spec_models.py",
-)
+DEFINED_IN = {*ROOT.glob("align/recipe*.py"), *ROOT.glob("align/verifiers/spec*.py")}
+"""Where fields are declared and checked: to be looked at there is not to be read."""
 
 
 def blocks(block: type[BaseModel], found: set[type[BaseModel]]) -> set[type[BaseModel]]:
@@ -39,11 +31,11 @@ def blocks(block: type[BaseModel], found: set[type[BaseModel]]) -> set[type[Base
 
 
 def attributes_read() -> set[str]:
-    """Every `x.name` that is read in align/, outside the files that define the recipe."""
+    """Every `x.name` that is read in align/, outside the files that define and check the recipe."""
     names: set[str] = set()
     for folder in ("align", "reward_models"):
         for file in (ROOT / folder).rglob("*.py"):
-            if str(file.relative_to(ROOT)) in DEFINED_IN:
+            if file in DEFINED_IN:
                 continue
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

@@ -130,19 +130,6 @@ class RunStore:
         self.duplicates[round_index, stage] = repeated
         return rows
 
-    def discard(self, round_index: int, stage: str) -> list[str]:
-        """Make a stage, and what was made from it in this round, pending again; returns the names of the stages.
-
-        Rank 0 only.  Sound shards of `stage` itself are kept, so only damaged ones are made again.
-        RunError where the policy has been trained past this round: its checkpoint came from these rows.
-        """
-        if self._latest is not None and self._latest > round_index:
-            raise RunError(
-                f"{self._round(round_index).directory}: checkpoint {self._latest} was trained from this round; "
-                "start a new run (another `name`) instead"
-            )
-        return self._round(round_index).discard(stage)
-
     def _round(self, round_index: int) -> RoundFiles:
         return RoundFiles(self._inside(f"rounds/{round_index:05d}"), round_index)
 

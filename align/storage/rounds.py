@@ -21,7 +21,6 @@ from align.storage.durable import (
     mismatch,
     os_errors,
     read_document,
-    remove,
     seal,
     to_json,
     unseal,
@@ -43,18 +42,6 @@ STAGES: dict[str, type[parquet.Record]] = {
     "preflight_samples": Sample,
     "preflight_verdicts": Verdict,
     "label_verdicts": Verdict,
-}
-_MADE_FROM = {
-    "verdicts": "samples",
-    "gold": "samples",
-    "scores": "verdicts",
-    "rollouts": "scores",
-    "prefix_values": "rollouts",
-    "step_samples": "prefix_values",
-    "pairs": "step_samples",
-    "eval_verdicts": "eval_samples",
-    "eval_gold": "eval_samples",
-    "preflight_verdicts": "preflight_samples",
 }
 _MANIFEST = "manifest.json"
 
@@ -169,28 +156,6 @@ class RoundFiles:
             f"{self.directory} and start the run again: the round is made again"
         )
 
-    def discard(self, stage: str) -> list[str]:
-        """Take a stage, what was made from it, and the round's reports out of the manifest, then off the disk.
-
-        Sound shards of the stage itself stay, so only what is damaged is made again.
-        """
-        self.stage_done(stage)
-        doomed = [name for name in STAGES if stage in _ancestry(name)]
-        manifest = self._manifest()
-        known = {entry["file"] for entry in manifest["stages"].get(stage, [])}
-        manifest["stages"] = {name: entries for name, entries in manifest["stages"].items() if name not in doomed}
-        reports, manifest["reports"] = manifest["reports"], {}
-        self._write_manifest(manifest)
-        for name in doomed:
-            for path in self._shards_on_disk(name):
-                index = int(path.stem.rpartition("-")[2])
-                if name != stage or path.name not in known or not self.shard_done(name, index):
-                    remove(path.with_suffix(".json"), "store.discard")
-                    remove(path, "store.discard")
-        for name in reports:
-            remove(self.directory / f"{name}.json", "store.discard")
-        return doomed
-
     # ---- reports and manifest ------------------------------------------------------------------------------
 
     def commit_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -229,14 +194,6 @@ class RoundFiles:
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         make_directory(self.directory)
         write_file(self.directory / _MANIFEST, seal(manifest), "store.manifest")
-
-
-def _ancestry(stage: str) -> list[str]:
-    """A stage and everything it was made from."""
-    chain = [stage]
-    while chain[-1] in _MADE_FROM:
-        chain.append(_MADE_FROM[chain[-1]])
-    return chain
 
 
 def _file(stage: str, index: int) -> str:

@@ -246,28 +246,6 @@ def commit_export(store: RunStore) -> None:
         (path / "nested" / "part").write_text("10")
 
 
-def test_discard_keeps_sound_shards_and_drops_what_was_made_from_them(store: RunStore) -> None:
-    commit_scores(store)
-    store.commit_shard(0, "pairs", 0, [])
-    store.commit_stage(0, "pairs", 1)
-    store.commit_shard(0, "eval_verdicts", 0, [])
-    store.commit_stage(0, "eval_verdicts", 1)
-    store.commit_json(0, "pairing", {"counts": 1})
-    flip(store.root / "rounds/00000/scores-00001.parquet")
-    made_from_scores = ["rollouts", "prefix_values", "step_samples", "pairs"]
-    assert store.discard(0, "scores") == ["scores", *made_from_scores]
-    assert store.shard_done(0, "scores", 0) and not store.shard_done(0, "scores", 1)
-    assert not store.stage_done(0, "pairs") and not store.shard_done(0, "pairs", 0)
-    assert store.stage_done(0, "eval_verdicts") and store.read_json(0, "pairing") is None
-    store.commit_shard(0, "scores", 1, scores("c"))
-    store.commit_stage(0, "scores", 2)
-    assert store.read(0, "scores") == scores("a", "b", "c")
-    with store.commit_checkpoint(1) as path:
-        (path / "w").write_text("1")
-    with pytest.raises(RunError, match="checkpoint 1 was trained from this round"):
-        store.discard(0, "samples")
-
-
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
 

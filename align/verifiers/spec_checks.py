@@ -60,7 +60,7 @@ class CodeTestsSpec(VerifierBlock):
     """Longest time of one test run; past it the code has failed."""
     cpu_s: Annotated[int, Field(ge=1, le=600)] = 10
     """Longest processor time of one process."""
-    memory_mib: Annotated[int, Field(ge=64, le=65536)] = 512
+    memory_mib: Annotated[int, Field(ge=64, le=4096)] = 512
     """Address space of one process."""
     processes: Annotated[int, Field(ge=1, le=256)] = 8
     """Processes and threads at a time."""

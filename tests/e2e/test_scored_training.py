@@ -74,6 +74,10 @@ def jobs_of(ranks: int, where: Path) -> dict[str, dict[str, Any]]:
         found["stop"] = {"training": STOPPING, "rounds": 3, "save": str(where / "stop.save")}
         found["nothing"] = {"training": CAUTIOUS, "rounds": 1}
     else:
+        for name in ("nsr", "d2o"):  # one prompt a step: the other rank has nothing to compute
+            plain = {**MAIN[name], "negative": OFF, "responses_per_step": 1, "tokens_per_batch": 1, "epochs": 1}
+            for stage in (0, 3):
+                found[f"{name} idle{stage}"] = {"training": {**plain, "zero_stage": stage}, "rounds": 1}
         found["nsr poison2"] = {"training": {**MAIN["nsr"], "zero_stage": 2}, "poison": poison()}
     return found
 
@@ -136,6 +140,14 @@ def test_neither_ranks_nor_budgets_change_a_loss(reports: Reports, name: str) ->
             assert column(other, key) == pytest.approx(column(one, key), abs=1e-4, rel=1e-4), key
         assert other["weights"] == pytest.approx(one["weights"], abs=1e-3)
     assert reports[f"{name}2"][0]["weights"] == reports[f"{name}2"][1]["weights"]
+
+
+@pytest.mark.parametrize("name", ["nsr", "d2o"])
+def test_a_rank_without_work_goes_back_the_same_way(reports: Reports, name: str) -> None:
+    """ZeRO-3 counts on it, and these losses look at entropies without following them."""
+    plain, sharded = reports[f"{name} idle0"][0], reports[f"{name} idle3"][0]
+    assert len(plain["steps"]) > 2
+    assert column(sharded, "loss") == pytest.approx(column(plain, "loss"), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MAIN)

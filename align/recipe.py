@@ -221,11 +221,11 @@ class Rounds(Block):
     """How often the loop turns."""
 
     count: Count = 3
-    """Rounds of sample, verify, pair, train."""
+    """Rounds of sample, verify, pair where the trainer learns from pairs, and train."""
     prompts_per_round: Count = 512
     """Prompts drawn per round; the training prompts are used in a seeded order and come round again."""
     on_empty: Literal["stop", "continue"] = "stop"
-    """What to do with a round that yields not one usable pair."""
+    """What to do with a round that yields not one usable pair, or not one usable response."""
 
 
 class Evaluation(Block):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,14 @@ def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     ]
 
 
+def merged(examples: Sequence[Example]) -> list[Example]:
+    """Equal texts once, with their mean P(good): rare responses are what a choice depends on, and time is saved."""
+    found: dict[str, list[Example]] = {}
+    for example in examples:
+        found.setdefault(example.text, []).append(example)
+    return [replace(rows[0], p_good=sum(e.p_good for e in rows) / len(rows)) for rows in found.values()]
+
+
 def selection(examples: Sequence[Example], student: Sequence[float]) -> Selection:
     """Both choices over every group with at least two responses; a tie counts the mean of those that tie.
 
@@ -111,6 +119,7 @@ def teach(
     train, held_out = split(examples)
     if not train:
         raise InputError("no response to learn from: every prompt fell among the held-out ones; score more prompts")
+    train = merged(train)
     model, tokenizer = make_scorer(base, layers, settings.seed)
     began, context = time.monotonic(), getattr(model.config, "max_position_embeddings", 2**31)
     inputs = encode(tokenizer, [e.text for e in train])
@@ -188,7 +197,7 @@ def told(report: Mapping[str, Any]) -> list[str]:
     """The report as a person reads it."""
     chosen, took = report["selection"], report["ensemble_seconds_per_1000"]
     lines = [
-        f"learnt from {report['trained_on']:,} responses, held out {report['held_out']:,} "
+        f"learnt from {report['trained_on']:,} different responses, held out {report['held_out']:,} "
         f"({report['parameters']:,} parameters; loss {report['losses'][0]:.3f} to {report['losses'][-1]:.3f})",
         f"selection accuracy by {chosen['judged_by']} on {chosen['prompts']:,} held-out choices: student "
         f"{chosen['student']:.3f}, ensemble {chosen['ensemble']:.3f}, blind {chosen['first']:.3f}, best possible "

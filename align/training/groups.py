@@ -69,7 +69,13 @@ class PackedBatch:
     tokens: int  # positions that are not padding
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        """On the device.  To a GPU from pinned memory, so that the host does not wait for what was asked of it before."""
+        pin = torch.device(device).type == "cuda"
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            k: v.pin_memory().to(device, non_blocking=True) if pin and not v.is_cuda else v.to(device)
+            for k, v in tensors.items()
+        }
         return replace(self, **moved)
 
 

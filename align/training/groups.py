@@ -69,7 +69,7 @@ class PackedBatch:
     tokens: int  # positions that are not padding
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """On the device.  To a GPU from pinned memory, so that the host does not wait for what was asked of it before."""
+        """On the device; to a GPU from pinned memory, so that the host does not wait for what was asked before."""
         pin = torch.device(device).type == "cuda"
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
         moved: dict[str, Any] = {

@@ -126,7 +126,7 @@ def _read_arithmetic(settings: Prompts, seed: int) -> list[Item]:
 
 
 def _read_source(settings: Prompts, wanted: Sequence[str]) -> list[Item]:
-    """Rows of a file or hub dataset, each checked; all bad rows are told together.  `wanted` are columns for verifiers."""
+    """Rows of a file or hub dataset, each checked; all bad rows are told together.  Verifiers ask for `wanted`."""
     columns = [c for c in (settings.prompt_column, settings.answer_column, settings.split_column) if c is not None]
     columns += [c for c in wanted if c not in columns]
     rows = read_rows(

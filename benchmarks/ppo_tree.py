@@ -166,7 +166,6 @@ def step_loss(
     critic = losses.value_loss(values[states], old_values, returns, rl.critic.value_clip)
     weights = losses.token_weights(
         lengths,
-        torch.ones_like(lengths),
         rl.aggregation,
         tokens=len(states),
         responses=len(lengths),

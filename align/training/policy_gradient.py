@@ -149,10 +149,15 @@ def _warming(engine: PolicyEngine, recipe: Recipe, round_index: int) -> bool:
 
 
 def _minibatches(rollouts: Rollouts, prompts: int, seed: str) -> list[list[int]]:
-    """Places of the responses of each step: whole prompts in a seeded order."""
+    """Places of the responses of each step: whole prompts in a seeded order.
+
+    A masked response is not computed, and a prompt with nothing else makes no step: with a gradient of zero the
+    optimizer's momentum would still move the weights.
+    """
     by_prompt: dict[str, list[int]] = {}
     for place, group in enumerate(rollouts.groups):
-        by_prompt.setdefault(group, []).append(place)
+        if rollouts.counted[place]:
+            by_prompt.setdefault(group, []).append(place)
     order = sorted(by_prompt)
     random.Random(seed).shuffle(order)
     return [[p for g in order[i : i + prompts] for p in by_prompt[g]] for i in range(0, len(order), prompts)]
@@ -163,7 +168,6 @@ def make_units(
 ) -> list[Unit[ResponseRow]]:
     """A prompt's responses in one group, or in several where one would exceed the budget; a budget of 0 splits none."""
     starts = np.cumsum(rollouts.lengths) - rollouts.lengths
-    counted = rollouts.counted
     taken: dict[str, list[list[int]]] = {}
     for place in places:
         parts = taken.setdefault(rollouts.groups[place], [[]])
@@ -174,6 +178,6 @@ def make_units(
     units = []
     for part in (p for parts in taken.values() for p in parts):
         group = Group(tuple(samples[part[0]].prompt_ids), tuple(tuple(samples[p].response_ids) for p in part))
-        rows = tuple(ResponseRow(rollouts.ids[p], p, int(starts[p]), bool(counted[p])) for p in part)
+        rows = tuple(ResponseRow(rollouts.ids[p], p, int(starts[p])) for p in part)
         units.append(Unit(group, rows))
     return units

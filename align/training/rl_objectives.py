@@ -37,7 +37,6 @@ class ResponseRow:
     sample_id: str
     place: int  # among the K responses of the round
     start: int  # of its tokens among the round's
-    counted: bool  # whether its loss is taken
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,12 @@ class _Objective(PlainObjective):
     def __init__(self, recipe: Recipe, columns: Columns) -> None:
         self._rl, self._columns = recipe.training.rl, columns
         self._fixed = recipe.training.rl.fixed_length or recipe.sampling.max_new_tokens
-        self._tokens = self._responses = 0  # of the whole step, masked responses left out
+        self._tokens = self._responses = 0  # of the whole step
 
     def before_step(self, engine: PolicyEngine, shares: Sequence[Sequence[Unit[ResponseRow]]]) -> None:
         """Count what the step's loss is divided by."""
-        rows = [
-            len(r)
-            for share in shares
-            for u in share
-            for row, r in zip(u.rows, u.group.responses, strict=True)
-            if row.counted
-        ]
-        self._responses, self._tokens = len(rows), sum(rows)
+        lengths = [len(response) for share in shares for unit in share for response in unit.group.responses]
+        self._responses, self._tokens = len(lengths), sum(lengths)
 
     def rows(self, batch: PackedBatch, units: Sequence[Unit[ResponseRow]]) -> list[ResponseRow]:
         """[K] the batch's responses."""
@@ -101,11 +94,10 @@ class _Objective(PlainObjective):
         lengths = batch.lengths.tolist()  # the batch is laid out on the host, so nothing waits for a device
         return np.concatenate([np.arange(row.start, row.start + n) for row, n in zip(rows, lengths, strict=True)])
 
-    def factors(self, batch: PackedBatch, rows: Sequence[ResponseRow], mode: str, device: torch.device) -> Tensor:
+    def factors(self, batch: PackedBatch, mode: str, device: torch.device) -> Tensor:
         """[N] what each token's loss is multiplied by."""
         weights = losses.token_weights(
             batch.lengths,
-            torch.tensor([row.counted for row in rows]),
             mode,
             tokens=self._tokens,
             responses=self._responses,
@@ -154,8 +146,8 @@ class TokenObjective(_Objective):
         each = losses.clipped(tokens, rl.clip_low, rl.clip_high, rl.dual_clip)
         if columns.weights is not None:
             each = each * _on(columns.weights, where, device)
-        weight = self.factors(batch, rows, rl.aggregation, device)
-        by_token = self.factors(batch, rows, "token_mean", device)
+        weight = self.factors(batch, rl.aggregation, device)
+        by_token = self.factors(batch, "token_mean", device)
         loss = policy = (weight * each).sum()
         pull = bonus = torch.zeros((), device=device)
         if self._beta:
@@ -210,8 +202,8 @@ class PairObjective(TokenObjective):
     def before_step(self, engine: PolicyEngine, shares: Sequence[Sequence[Unit[ResponseRow]]]) -> None:
         """Count the step's pairs too."""
         super().before_step(engine, shares)
-        counted = [sum(row.counted for row in u.rows) for share in shares for u in share]
-        self._pairs = sum(n * (n - 1) // 2 for n in counted)
+        sizes = [len(unit.rows) for share in shares for unit in share]
+        self._pairs = sum(n * (n - 1) // 2 for n in sizes)
 
     def part(self, batch: PackedBatch, units: Sequence[Unit[ResponseRow]], found: TokenLogProbs) -> Part:
         """This micro-batch's share; a pair's loss is named after both responses."""
@@ -222,13 +214,13 @@ class PairObjective(TokenObjective):
         sums_old = response_totals(batch, TokenLogProbs(old))
         now = response_totals(batch, found)
         rewards = upload(self._rewards[[row.place for row in rows]], torch.float32, device)
-        firsts, seconds = _pairs_of(batch, rows)
+        firsts, seconds = _pairs_of(batch)
         a, b = upload(firsts, torch.int64, device), upload(seconds, torch.int64, device)
         each = losses.joint(
             (now[a], now[b]), (sums_old[a], sums_old[b]), (rewards[a], rewards[b]), rl.clip_low, rl.clip_high
         )
         loss = policy = each.sum() / max(self._pairs, 1)
-        by_token = self.factors(batch, rows, "token_mean", device)
+        by_token = self.factors(batch, "token_mean", device)
         bonus = torch.zeros((), device=device)
         if found.entropies is not None:
             bonus = (by_token * found.entropies).sum()
@@ -246,12 +238,11 @@ class PairObjective(TokenObjective):
         return Part(loss, sums.detach(), each.detach(), names)
 
 
-def _pairs_of(batch: PackedBatch, rows: Sequence[ResponseRow]) -> tuple[list[int], list[int]]:
-    """Every two counted responses of a group, as places among the batch's K."""
+def _pairs_of(batch: PackedBatch) -> tuple[list[int], list[int]]:
+    """Every two responses of a group, as places among the batch's K."""
     by_unit: dict[int, list[int]] = {}
     for k, (unit, _) in enumerate(batch.members):
-        if rows[k].counted:
-            by_unit.setdefault(unit, []).append(k)
+        by_unit.setdefault(unit, []).append(k)
     found = [pair for members in by_unit.values() for pair in combinations(members, 2)]
     return [i for i, _ in found], [j for _, j in found]
 
@@ -268,7 +259,7 @@ class ValueObjective(_Objective):
         where = self.tokens(batch, rows)
         old, returns = _on(self._columns.values, where, device), _on(self._columns.returns, where, device)
         each = losses.value_loss(found.logprobs, old, returns, clip)
-        weight = self.factors(batch, rows, "token_mean", device)
+        weight = self.factors(batch, "token_mean", device)
         loss = (weight * each).sum()
         with torch.no_grad():
             outside = torch.zeros_like(loss)

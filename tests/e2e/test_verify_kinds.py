@@ -1,4 +1,4 @@
-"""`align verify` with a judge behind a server, instruction checks and unit tests: columns reach them, costs are told."""
+"""`align verify` with a judge behind a server, instruction checks, unit tests: columns reach them, costs are told."""
 
 from __future__ import annotations
 

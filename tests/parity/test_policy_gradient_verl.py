@@ -95,9 +95,8 @@ def test_clipped_loss_aggregation_and_gradient(mode: str) -> None:
 
 
 def weights(mode: str) -> torch.Tensor:
-    everything = torch.ones(len(LENGTHS))
     lengths = torch.from_numpy(LENGTHS)
-    found = losses.token_weights(lengths, everything, mode, tokens=10, responses=4, fixed_length=4)
+    found = losses.token_weights(lengths, mode, tokens=10, responses=4, fixed_length=4)
     return found.double()
 
 

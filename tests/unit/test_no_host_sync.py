@@ -155,7 +155,7 @@ def tokens_of(recipe: Recipe) -> tuple[Any, list[Unit[Any]]]:
     numbers = np.linspace(-3.0, -1.0, sum(lengths), dtype=np.float32)
     columns = Columns(numbers, numbers + 2.0, numbers, None, None, None)
     starts = np.cumsum(lengths) - lengths
-    rows = [ResponseRow(str(k), k, int(starts[k]), True) for k in range(len(lengths))]
+    rows = [ResponseRow(str(k), k, int(starts[k])) for k in range(len(lengths))]
     units = [Unit(group, tuple(rows[2 * g : 2 * g + 2])) for g, group in enumerate(GROUPS)]
     result = Estimates(columns.advantages, None, np.zeros(len(lengths)))
     return TokenObjective(recipe, columns, result, 0.1, None), units

@@ -15,6 +15,7 @@ from align.records import Sample, Score, Verdict
 from align.training import advantages as adv
 from align.training import kl
 from align.training.losses import policy_gradient as losses
+from align.training.policy_gradient import _minibatches
 from align.training.preference_matrix import preference_matrices
 from align.training.rewards import against, qwen_math, rewarded
 from align.training.rl_metrics import round_metrics
@@ -129,16 +130,28 @@ def test_leave_one_out_by_hand_and_its_refusal_of_one() -> None:
 
 def test_token_weights_add_up_over_any_split() -> None:
     """Each mode's weights over two batches are what they are over one."""
-    lengths, counted = torch.tensor([3, 1, 2]), torch.tensor([1, 0, 1])
+    lengths = torch.tensor([3, 1, 2])
+    sizes: dict[str, Any] = {"tokens": 6, "responses": 3, "fixed_length": 8}
     for mode in losses.AGGREGATIONS:
-        sizes: dict[str, Any] = {"tokens": 5, "responses": 2, "fixed_length": 8}
-        whole = losses.token_weights(lengths, counted, mode, **sizes)
-        parts = [losses.token_weights(lengths[i : i + 1], counted[i : i + 1], mode, **sizes) for i in range(3)]
+        whole = losses.token_weights(lengths, mode, **sizes)
+        parts = [losses.token_weights(lengths[i : i + 1], mode, **sizes) for i in range(3)]
         assert torch.equal(whole, torch.cat(parts))
-        assert whole[3] == 0  # a masked response
-    assert losses.token_weights(lengths, counted, "token_mean", **sizes)[0] == pytest.approx(1 / 5)
-    assert losses.token_weights(lengths, counted, "sequence_mean", **sizes)[4] == pytest.approx(1 / 4)
-    assert losses.token_weights(lengths, counted, "sequence_sum_fixed", **sizes)[4] == pytest.approx(1 / 16)
+    assert losses.token_weights(lengths, "token_mean", **sizes)[0] == pytest.approx(1 / 6)
+    assert losses.token_weights(lengths, "sequence_mean", **sizes)[4] == pytest.approx(1 / 6)
+    assert losses.token_weights(lengths, "sequence_sum_fixed", **sizes)[4] == pytest.approx(1 / 24)
+
+
+def test_masked_responses_are_in_no_step() -> None:
+    """And a prompt with nothing else makes none: a zero gradient would still move the weights by momentum."""
+    rollouts = Rollouts(
+        ids=list("abcd"),
+        groups=["p", "p", "q", "q"],
+        lengths=np.array([1, 1, 1, 1]),
+        scores=np.zeros(4),
+        old=np.zeros(4),
+        masked=np.array([False, True, True, True]),
+    )
+    assert _minibatches(rollouts, 1, "seed") == [[0]]
 
 
 def test_clipped_tokens_give_no_gradient() -> None:

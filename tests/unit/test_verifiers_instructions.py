@@ -13,7 +13,9 @@ from align.verifiers.instruction_checks import CHECKS, check_fault, passes
 from align.verifiers.instructions import Instructions, loose_forms
 from align.verifiers.spec_checks import InstructionsSpec
 
-LETTER = "Dear Ann,\n\nI came. I saw! Did I win?\n\n***\n\n- bread\n* milk\n1. eggs\n\n**Bold** and *soft* [name] <<Trip>>"
+LETTER = (
+    "Dear Ann,\n\nI came. I saw! Did I win?\n\n***\n\n- bread\n* milk\n1. eggs\n\n**Bold** and *soft* [name] <<Trip>>"
+)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,8 @@ def test_a_recipe_with_a_wrong_check_is_refused() -> None:
 
 def test_hostile_text_takes_no_time() -> None:
     """Patterns that backtrack would hang here."""
-    texts = ["*" * 200_000, "[" * 200_000, "<<" * 100_000, "\n \n" * 60_000, "- " * 100_000, "a" * 200_000, '"' * 200_000]
+    texts = ["*" * 200_000, "[" * 200_000, "<<" * 100_000, "\n \n" * 60_000, "- " * 100_000]
+    texts += ["a" * 200_000, '"' * 200_000]
     started_s = time.monotonic()
     for text in texts:
         for name, check in CHECKS.items():

@@ -84,16 +84,14 @@ def joint(
     return torch.maximum(-half * ratio, -half * ratio.clamp(1.0 - low, 1.0 + high))
 
 
-def token_weights(
-    lengths: Tensor, counted: Tensor, mode: str, *, tokens: int, responses: int, fixed_length: int
-) -> Tensor:
+def token_weights(lengths: Tensor, mode: str, *, tokens: int, responses: int, fixed_length: int) -> Tensor:
     """[N] factor of each token's loss, so that the loss of the step is one sum.
 
     token_mean 1/tokens; sequence_mean 1/(responses T), each response's mean; sequence_sum 1/responses;
     sequence_sum_fixed 1/(responses L) with one length L for all (Dr. GRPO, arXiv 2503.20783).  `tokens` and
-    `responses` count the whole step, `counted` [K] says which responses of this batch are among them.
+    `responses` count the whole step.
     """
-    per_response = counted.float()
+    per_response = torch.ones(len(lengths))
     if mode == "token_mean":
         per_response = per_response / max(tokens, 1)
     elif mode == "sequence_mean":

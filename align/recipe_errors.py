@@ -255,8 +255,12 @@ def _from_validator(message: str, path: KeyPath, annotation: Any, value: Any) ->
 
 
 def _wrong_kind(path: KeyPath, value: Any, annotation: Any) -> Problem:
-    kinds = [k for a in alternatives(annotation) if a is not types.NoneType
-             for k in get_args(a.model_fields["kind"].annotation)]
+    kinds = [
+        k
+        for a in alternatives(annotation)
+        if a is not types.NoneType
+        for k in get_args(a.model_fields["kind"].annotation)
+    ]
     listing = f"the kinds are {', '.join(kinds)}"
     given = value.get("kind") if isinstance(value, dict) else None
     if given is None:

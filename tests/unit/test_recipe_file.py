@@ -102,7 +102,7 @@ WRONG = [
     ("sampling: {top_p: 1.01}", "5:12: sampling.top_p: must be at most 1, not 1.01"),
     ("sampling: {samples_per_prompt: 1}", "5:12: sampling.samples_per_prompt: must be at least 2, not 1"),
     ("sampling: {engine: x}", "5:12: sampling.engine: expects a block of keys, not 'x'"),
-    ("ensemble: {method: mayority}", "5:12: ensemble.method: expects one of auto, mean, majority, dawid_skene, not "),
+    ("ensemble: {method: mayority}", "5:12: ensemble.method: expects one of auto, mean, majority, moments, "),
     ("ensemble: {class_balance: 1}", "5:12: ensemble.class_balance: must be less than 1, not 1"),
     ("pairs: {max_per_prompt: all}", "5:9: pairs.max_per_prompt: expects a whole number or null, not 'all'"),
     ("evaluation: {k: [1, 0]}", "5:21: evaluation.k.1: must be at least 1, not 0"),

@@ -323,7 +323,7 @@ def _check_name(name: str) -> None:
 def _take(given: Path, allow_new: bool) -> tuple[Path, RunLock]:
     """Rank 0: the resolved run directory, made if need be, and the lock on it."""
     if not given.is_dir() and not allow_new:
-        raise InputError(f"{given}: there is no such run; start it with `align run`")
+        raise InputError(f"{given}: there is no such run; start it with `align run` or `align sample`")
     existing = next(p for p in (given, *given.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise InputError(f"{existing}: is not a directory; change `name` or `output_dir` in the recipe")

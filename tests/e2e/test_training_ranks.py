@@ -179,7 +179,8 @@ def test_a_reference_that_moves_is_the_same_on_any_ranks_and_keeps_the_loss_up(r
     """The first step is before the first move; afterwards the policy is never far from its reference."""
     (plain,), (one,), two = reports["plain"], reports["moving"], reports["moving3"][0]
     assert column(two, "loss") == pytest.approx(column(one, "loss"), abs=1e-4, rel=1e-4)
-    assert column(one, "loss")[0] == column(plain, "loss")[0]
+    # the reference has not moved yet; asked step by step, its sums come from other batches: float32's last bits
+    assert column(one, "loss")[0] == pytest.approx(column(plain, "loss")[0], rel=1e-6)
     assert column(one, "loss")[-1] > column(plain, "loss")[-1] + 0.01
 
 

@@ -24,6 +24,11 @@ WEIGHT_LIMIT = 10.0
 """Largest weight of a sample that an older policy drew."""
 
 
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """e^x with x kept within ±20; no gradient beyond."""
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
 def k1(logprobs: Tensor, reference: Tensor) -> Tensor:
     """[N] log π - log π_ref."""
     return logprobs - reference
@@ -51,7 +56,7 @@ def penalty(logprobs: Tensor, reference: Tensor, old: Tensor, estimator: str) ->
     left to the reward.
     """
     shown = ESTIMATORS[estimator](logprobs, reference).detach()
-    weight = (logprobs.detach() - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=WEIGHT_LIMIT)
+    weight = bounded_exp(logprobs.detach() - old).clamp(max=WEIGHT_LIMIT)
     pull = weight * k2(logprobs, reference)
     return shown + pull - pull.detach()
 

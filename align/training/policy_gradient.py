@@ -10,7 +10,6 @@ Legend: N response tokens of a batch (of the round in NumPy), K responses, B pai
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -21,11 +20,11 @@ from align.recipe import Recipe
 from align.records import Sample
 from align.training import kl
 from align.training.engine import PolicyEngine
-from align.training.groups import Group
 from align.training.rewards import Rewarded, rewarded
 from align.training.rl_metrics import round_metrics
 from align.training.rl_objectives import PairObjective, ResponseRow, TokenObjective, ValueObjective, to_columns
 from align.training.rollouts import Estimates, Rollouts, estimate
+from align.training.scored import make_steps, split_units, whole_unit
 from align.training.steps import TrainReport, Unit, mean_report, train_step
 from align.training.trainers import OnStep, RoundData, prompts_per_step
 
@@ -158,9 +157,7 @@ def _minibatches(rollouts: Rollouts, prompts: int, seed: str) -> list[list[int]]
     for place, group in enumerate(rollouts.groups):
         if rollouts.counted[place]:
             by_prompt.setdefault(group, []).append(place)
-    order = sorted(by_prompt)
-    random.Random(seed).shuffle(order)
-    return [[p for g in order[i : i + prompts] for p in by_prompt[g]] for i in range(0, len(order), prompts)]
+    return make_steps(by_prompt, prompts, seed, lambda places: places)
 
 
 def make_units(
@@ -168,16 +165,16 @@ def make_units(
 ) -> list[Unit[ResponseRow]]:
     """A prompt's responses in one group, or in several where one would exceed the budget; a budget of 0 splits none."""
     starts = np.cumsum(rollouts.lengths) - rollouts.lengths
-    taken: dict[str, list[list[int]]] = {}
+    by_prompt: dict[str, list[ResponseRow]] = {}
     for place in places:
-        parts = taken.setdefault(rollouts.groups[place], [[]])
-        size = len(samples[place].prompt_ids) + sum(int(rollouts.lengths[p]) for p in [*parts[-1], place])
-        if parts[-1] and token_budget and size > token_budget:
-            parts.append([])
-        parts[-1].append(place)
-    units = []
-    for part in (p for parts in taken.values() for p in parts):
-        group = Group(tuple(samples[part[0]].prompt_ids), tuple(tuple(samples[p].response_ids) for p in part))
-        rows = tuple(ResponseRow(rollouts.ids[p], p, int(starts[p])) for p in part)
-        units.append(Unit(group, rows))
-    return units
+        row = ResponseRow(rollouts.ids[place], place, int(starts[place]))
+        by_prompt.setdefault(rollouts.groups[place], []).append(row)
+
+    def sample(row: ResponseRow) -> Sample:
+        return samples[row.place]
+
+    return [
+        unit
+        for rows in by_prompt.values()
+        for unit in (split_units(rows, sample, token_budget) if token_budget else whole_unit(rows, sample))
+    ]

@@ -227,7 +227,7 @@ class PairObjective(TokenObjective):
             loss = loss - rl.entropy_bonus * bonus
         with torch.no_grad():
             gap = (now[a] - sums_old[a]) - (now[b] - sums_old[b])
-            ratio = gap.clamp(-losses.LOG_RATIO_LIMIT, losses.LOG_RATIO_LIMIT).exp()
+            ratio = kl.bounded_exp(gap)
             outside = ((ratio < 1.0 - rl.clip_low) | (ratio > 1.0 + rl.clip_high)).float().sum() / max(self._pairs, 1)
             moved = (by_token * (old - found.logprobs)).sum()
             if len(firsts):

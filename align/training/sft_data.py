@@ -42,9 +42,7 @@ def prepare(
     return examples, {"examples": len(examples), "wrong_examples": 0, "too_long": too_long}
 
 
-def _written(
-    recipe: Recipe, prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], int]:
+def _written(recipe: Recipe, prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], int]:
     """Solutions to the training prompts, in turn, `error_rate` of them wrong; and how many are wrong.
 
     No more are written than the steps will read.  Past the number of prompts each gets another solution, right or
@@ -60,9 +58,7 @@ def _written(
     items = [Item(f"cold_start: solution {text!r} to {p.text!r}", text, None, None)
              for p, text in zip(prompts, texts, strict=True)]  # fmt: skip
     responses = tokenize(items, texts, tokenizer, special=False)
-    examples = [
-        Example(p.token_ids, (*ids, tokenizer.eos_token_id)) for p, ids in zip(prompts, responses, strict=True)
-    ]
+    examples = [Example(p.token_ids, (*ids, tokenizer.eos_token_id)) for p, ids in zip(prompts, responses, strict=True)]
     longest = max(len(e.response_ids) for e in examples)
     if longest > recipe.sampling.max_new_tokens:
         raise InputError(

@@ -6,21 +6,19 @@ round), load (go on from one), weights (write policy and critic).
 
 from __future__ import annotations
 
-import json
 import random
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from align.distributed import Ranks, close, connect
+from align.distributed import Ranks
 from align.recipe import Recipe
 from align.records import Sample, Score, content_id
 from align.training.engine import PolicyEngine
 from align.training.trainers import RoundData, train_round
 from align.training.weights_view import named_weights
+from tests.e2e.jobs import lean, serve
 
 RESPONSES = 4
 
@@ -71,14 +69,15 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     samples, scores = rollouts()
     steps: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
-    before = lean(engine, samples, scores)
+    drawn = [s for s in scores if samples[s.sample_id].temperature]  # greedy responses are baselines
+    before = lean(engine, samples, drawn)
     for index in range(engine.version, job.get("rounds", 2)):
         counts = train_round(engine, RoundData(index, samples, scores=scores), recipe, steps.append).counts
         engine.version = index + 1
         if job.get("save") and engine.version == 1:
             Path(job["save"]).mkdir(exist_ok=True)
             engine.save(Path(job["save"]))
-    after = lean(engine, samples, scores)
+    after = lean(engine, samples, drawn)
     weights = {name: tensor.clone() for name, tensor in engine.named_weights()}
     if engine.critic is not None:
         weights |= {f"critic.{name}": t.clone() for name, t in named_weights(engine.critic._wrapped)}
@@ -90,31 +89,5 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {"steps": steps, "counts": counts, "weights": sums, "gain": after - before, "state": state}
 
 
-def lean(engine: PolicyEngine, samples: dict[str, Sample], scores: list[Score]) -> float:
-    """Covariance of score and mean token log-probability within prompts: how much the policy prefers the better."""
-    drawn = [s for s in scores if samples[s.sample_id].temperature]
-    sequences = [(samples[s.sample_id].prompt_ids, samples[s.sample_id].response_ids) for s in drawn]
-    found = [float(row.mean()) for row in engine.token_logprobs(sequences).logprobs]
-    by_prompt: dict[str, list[tuple[float, float]]] = {}
-    for score, value in zip(drawn, found, strict=True):
-        by_prompt.setdefault(score.prompt_id, []).append((score.p_good, value))
-    total = 0.0
-    for rows in by_prompt.values():
-        middle = sum(p for p, _ in rows) / len(rows)
-        total += sum((p - middle) * v for p, v in rows)
-    return total
-
-
-def main() -> None:
-    """All jobs of one launch, one after the other in one process per rank."""
-    launch = json.loads(Path(sys.argv[1]).read_text())
-    ranks = connect(deadline_s=60)
-    reports = {name: run(job, ranks) for name, job in launch["jobs"].items()}
-    Path(f"{launch['out']}.{ranks.rank}").write_text(json.dumps(reports))
-    close(ranks)
-
-
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    main()
+    serve(run)

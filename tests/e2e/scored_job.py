@@ -6,21 +6,19 @@ load (go on from one), weights (write them), poison (a token id whose embedding 
 
 from __future__ import annotations
 
-import json
 import random
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from align.distributed import Ranks, close, connect
+from align.distributed import Ranks
 from align.errors import AlignError
 from align.recipe import Recipe
 from align.records import Sample, Score, content_id
 from align.training.engine import PolicyEngine
 from align.training.trainers import RoundData, train_round
+from tests.e2e.jobs import lean, serve
 
 RESPONSES = 4
 
@@ -94,30 +92,5 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {**told, "weights": sums, "gain": gain, "state": dict(engine.trainer_state)}
 
 
-def lean(engine: PolicyEngine, samples: dict[str, Sample], scores: list[Score]) -> float:
-    """Covariance of P(good) and mean token log-probability within prompts: how much the policy prefers the better."""
-    sequences = [(samples[s.sample_id].prompt_ids, samples[s.sample_id].response_ids) for s in scores]
-    found = [float(row.mean()) for row in engine.token_logprobs(sequences).logprobs]
-    by_prompt: dict[str, list[tuple[float, float]]] = {}
-    for score, value in zip(scores, found, strict=True):
-        by_prompt.setdefault(score.prompt_id, []).append((score.p_good, value))
-    total = 0.0
-    for rows in by_prompt.values():
-        middle = sum(p for p, _ in rows) / len(rows)
-        total += sum((p - middle) * v for p, v in rows)
-    return total
-
-
-def main() -> None:
-    """All jobs of one launch, one after the other in one process per rank."""
-    launch = json.loads(Path(sys.argv[1]).read_text())
-    ranks = connect(deadline_s=120)
-    reports = {name: run(job, ranks) for name, job in launch["jobs"].items()}
-    Path(f"{launch['out']}.{ranks.rank}").write_text(json.dumps(reports))
-    close(ranks)
-
-
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    main()
+    serve(run)

@@ -6,22 +6,20 @@ round), load (go on from one), freeze (report what each round's optimizer holds)
 
 from __future__ import annotations
 
-import json
 import random
-import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from align.distributed import Ranks, close, connect
+from align.distributed import Ranks
 from align.errors import AlignError
 from align.recipe import Recipe
 from align.records import Sample, Score
 from align.training.engine import PolicyEngine
 from align.training.trainers import RoundData, train_round
+from tests.e2e.jobs import serve
 from tests.e2e.training_job import preferences
 
 
@@ -93,16 +91,5 @@ def _freeze_report(engine: PolicyEngine, before: dict[str, torch.Tensor]) -> dic
     }
 
 
-def main() -> None:
-    """All jobs of one launch, one after the other in one process per rank."""
-    launch = json.loads(Path(sys.argv[1]).read_text())
-    ranks = connect(deadline_s=120)
-    reports = {name: run(job, ranks) for name, job in launch["jobs"].items()}
-    Path(f"{launch['out']}.{ranks.rank}").write_text(json.dumps(reports))
-    close(ranks)
-
-
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    main()
+    serve(run)

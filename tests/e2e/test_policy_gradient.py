@@ -3,11 +3,6 @@ restart change what it learns.  All jobs run in three launches."""
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +11,8 @@ import torch
 
 from align.recipe import Scratch
 from align.training.scratch import create_model
+from tests.e2e.jobs import launch_by_job
 
-ROOT = Path(__file__).parents[2]
 PPO = {
     "algorithm": "ppo",
     "epochs": 2,
@@ -54,26 +49,6 @@ def jobs_of(ranks: int, where: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def launch(ranks: int, jobs: dict[str, dict[str, Any]], where: Path, label: str) -> list[dict[str, Any]]:
-    """Run the jobs on this many processes; every rank's reports by job."""
-    file = where / f"{label}.json"
-    given = {name: {"model": str(where / "model"), **job} for name, job in jobs.items()}
-    file.write_text(json.dumps({"out": str(where / label), "jobs": given}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        environment |= {key: str(value) for key, value in place.items()} if ranks > 1 else {}
-        command = [sys.executable, str(Path(__file__).with_name("rl_job.py")), str(file)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    errors = [process.communicate(timeout=540)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)[-3000:]
-    return [json.loads(Path(f"{where / label}.{rank}").read_text()) for rank in range(ranks)]
-
-
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("rl")
@@ -87,12 +62,11 @@ def reports(where: Path) -> Reports:
     found: Reports = {}
     for ranks in (1, 2):
         first = jobs_of(ranks, where)
-        found |= {name: [r[name] for r in by_rank] for by_rank in [launch(ranks, first, where, f"first{ranks}")]
-                  for name in first}  # fmt: skip
+        found |= launch_by_job(ranks, first, where, f"first{ranks}", "rl_job.py")
     again = {
         "ppo again": {"training": PPO, "load": str(where / "ppo.save"), "weights": str(where / "ppo.weights again")}
     }
-    found |= {name: [r[name] for r in by_rank] for by_rank in [launch(1, again, where, "again")] for name in again}
+    found |= launch_by_job(1, again, where, "again", "rl_job.py")
     return found
 
 

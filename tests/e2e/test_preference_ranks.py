@@ -12,7 +12,7 @@ import torch
 from align.catalogue import LOSSES
 from align.recipe import Scratch
 from align.training.scratch import create_model
-from tests.e2e.test_training_ranks import launch
+from tests.e2e.jobs import launch
 
 pytestmark = pytest.mark.engine
 

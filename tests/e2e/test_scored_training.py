@@ -3,12 +3,7 @@ a restart change what it learns.  All jobs run in three launches."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +12,9 @@ import torch
 
 from align.recipe import Scratch
 from align.training.scratch import create_model
+from tests.e2e.jobs import launch_by_job
 from tests.e2e.scored_job import responses
 
-ROOT = Path(__file__).parents[2]
 OFF = {"preflight": {"mode": "off"}}
 
 
@@ -82,27 +77,6 @@ def jobs_of(ranks: int, where: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def launch(ranks: int, jobs: dict[str, dict[str, Any]], where: Path, label: str) -> Reports:
-    """Run the jobs on this many processes; by job, what each rank reported."""
-    file = where / f"{label}.json"
-    given = {name: {"model": str(where / "model"), **job} for name, job in jobs.items()}
-    file.write_text(json.dumps({"out": str(where / label), "jobs": given}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        environment |= {key: str(value) for key, value in place.items()} if ranks > 1 else {}
-        command = [sys.executable, str(Path(__file__).with_name("scored_job.py")), str(file)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    errors = [process.communicate(timeout=540)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)[-3000:]
-    by_rank = [json.loads(Path(f"{where / label}.{rank}").read_text()) for rank in range(ranks)]
-    return {name: [reports[name] for reports in by_rank] for name in jobs}
-
-
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scored")
@@ -123,7 +97,11 @@ def reports(where: Path) -> Reports:
         for name in MAIN
     }
     again["stop again"] = {"training": STOPPING, "rounds": 3, "load": first["stop"]["save"]}
-    return launch(1, first, where, "one") | launch(2, two, where, "two") | launch(1, again, where, "again")
+    launches = [(1, first, "one"), (2, two, "two"), (1, again, "again")]
+    found: Reports = {}
+    for ranks, jobs, label in launches:
+        found |= launch_by_job(ranks, jobs, where, label, "scored_job.py")
+    return found
 
 
 def column(report: dict[str, Any], name: str) -> list[float]:

@@ -12,7 +12,7 @@ from align.catalogue import ALGORITHMS
 from align.recipe import Scratch
 from align.recipe_supervised import CONDITIONED
 from align.training.scratch import create_model
-from tests.e2e.test_training_ranks import launch
+from tests.e2e.jobs import launch_by_job
 
 pytestmark = pytest.mark.engine
 
@@ -64,9 +64,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     two["half two"] = {"training": {**half, "zero_stage": 2}}
     found: dict[str, list[dict[str, Any]]] = {}
     for ranks, label, jobs in ((1, "one", one), (1, "again", again), (2, "two", two)):
-        given = {name: {"model": str(where / "model"), **job} for name, job in jobs.items()}
-        by_rank = launch(ranks, given, where, label, script="supervised_job.py")
-        found |= {name: [r[name] for r in by_rank] for name in jobs}
+        found |= launch_by_job(ranks, jobs, where, label, "supervised_job.py")
     return found
 
 

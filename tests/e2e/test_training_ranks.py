@@ -5,12 +5,7 @@ All jobs run in four launches: one rank and two ranks, each once from the start 
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +14,9 @@ import torch
 
 from align.recipe import Scratch
 from align.training.scratch import create_model
+from tests.e2e.jobs import launch, launch_by_job
 from tests.e2e.training_job import preferences
 
-ROOT = Path(__file__).parents[2]
 NLL = {"loss": {"nll_weight": 0.3}}
 MOVING = {"reference_sync": {"every_steps": 1, "mix": 0.5}}
 LORA = {"lora": {"r": 4, "dropout": 0.1}}
@@ -76,27 +71,6 @@ def first_jobs(ranks: int, where: Path) -> dict[str, dict[str, Any]]:
     return jobs
 
 
-def launch(
-    ranks: int, jobs: dict[str, dict[str, Any]], where: Path, label: str, script: str = "training_job.py"
-) -> list[dict[str, Any]]:
-    """Run the jobs on this many processes; every rank's reports by job."""
-    file = where / f"{label}.json"
-    file.write_text(json.dumps({"out": str(where / label), "jobs": jobs}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        environment |= {key: str(value) for key, value in place.items()} if ranks > 1 else {}
-        command = [sys.executable, str(Path(__file__).with_name(script)), str(file)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    errors = [process.communicate(timeout=540)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)[-3000:]
-    return [json.loads(Path(f"{where / label}.{rank}").read_text()) for rank in range(ranks)]
-
-
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("training")
@@ -122,9 +96,8 @@ def reports(where: Path) -> dict[str, list[dict[str, Any]]]:
             if name in RESUMED
         }
         for label, jobs in (("first", first), ("again", again)):
-            given = {name: {"model": str(where / "model"), **job} for name, job in jobs.items()}
-            by_rank = launch(ranks, given, where, f"{label}{ranks}")
-            found |= {f"{name}{ranks}" if name == "poison" else name: [r[name] for r in by_rank] for name in jobs}
+            told = launch_by_job(ranks, jobs, where, f"{label}{ranks}", "training_job.py")
+            found |= {f"{name}{ranks}" if name == "poison" else name: reports for name, reports in told.items()}
     return found
 
 
@@ -212,4 +185,4 @@ def test_a_checkpoint_of_other_ranks_is_refused(reports: Reports, where: Path) -
     """One rank cannot go on from two ranks' shards, and says how to go on."""
     job = {"model": str(where / "model"), "load": str(where / "stage2.save"), "training": {"zero_stage": 2}}
     with pytest.raises(AssertionError, match="written by 2 ranks and this run has 1; go on with --ranks 2"):
-        launch(1, {"refused": job}, where, "refused")
+        launch(1, {"refused": job}, where, "refused", "training_job.py")

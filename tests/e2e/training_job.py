@@ -7,21 +7,19 @@ embedding becomes NaN).
 
 from __future__ import annotations
 
-import json
 import random
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from align.distributed import Ranks, close, connect
+from align.distributed import Ranks
 from align.errors import AlignError
 from align.recipe import Recipe
 from align.records import Pair, Sample, content_id
 from align.training.engine import PolicyEngine
 from align.training.trainers import RoundData, train_round
+from tests.e2e.jobs import serve
 
 
 def recipe_for(model: str, training: dict[str, Any], policy: dict[str, Any]) -> Recipe:
@@ -89,16 +87,5 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {"steps": steps, "error": error, "step": engine.step, "weights": sums}
 
 
-def main() -> None:
-    """All jobs of one launch, one after the other in one process per rank; a job may fail where it says so."""
-    launch = json.loads(Path(sys.argv[1]).read_text())
-    ranks = connect(deadline_s=120)
-    reports = {name: run(job, ranks) for name, job in launch["jobs"].items()}
-    Path(f"{launch['out']}.{ranks.rank}").write_text(json.dumps(reports))
-    close(ranks)
-
-
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    main()
+    serve(run)

@@ -14,7 +14,7 @@ import pytest
 from align.errors import InputError
 from align.prompt_sources import Row, RowErrors, parse_hub, read_rows, text_of
 
-ROWS = [{"prompt": "a, \"b\"\nc", "answer": "1"}, {"prompt": "ünï", "answer": "2"}]
+ROWS = [{"prompt": 'a, "b"\nc', "answer": "1"}, {"prompt": "ünï", "answer": "2"}]
 JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 CSV = 'prompt,answer\n"a, ""b""\nc",1\nünï,2\n'.encode()
 

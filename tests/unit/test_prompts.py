@@ -274,9 +274,7 @@ def test_messages_of_another_shape_are_refused(
 
 
 def test_unknown_characters_are_refused(refusal: Callable[..., str]) -> None:
-    assert refusal([*some(5), {"prompt": "what is π?"}]) == (
-        "FILE:6: 'π' is unknown to the tokenizer, in 'what is π?'"
-    )
+    assert refusal([*some(5), {"prompt": "what is π?"}]) == ("FILE:6: 'π' is unknown to the tokenizer, in 'what is π?'")
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_the_last_override_wins(load: Any) -> None:
         ("training.learning_rate.x=1", "training.learning_rate.x: training.learning_rate is a value; it has no keys"),
         ("verifiers.shpe.pattern=x", "verifiers.shpe: no entry 'shpe' among 2, counted from 0, did you mean shape?"),
         ("verifiers.7.pattern=x", "verifiers.7: no entry '7' among 2, counted from 0; its names are shape, brief.one"),
-        ("--ranks", '--ranks: expects key=value, such as training.learning_rate=1e-5'),
+        ("--ranks", "--ranks: expects key=value, such as training.learning_rate=1e-5"),
         ("=3", '"=3": expects key=value'),
         ("evaluation.k=[1", "evaluation.k: is not YAML: "),
         ("evaluation.gold={kind: !!x y}", "evaluation.gold: tag '!!x' is not allowed"),

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0
+from align.training.kl import bounded_exp
+
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "sequence_sum_fixed")
 
 
@@ -34,7 +35,7 @@ class TokenBatch:
     @property
     def ratio(self) -> Tensor:
         """[N] π / π_old."""
-        return (self.logprobs - self.old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        return bounded_exp(self.logprobs - self.old)
 
 
 def clipped(batch: TokenBatch, low: float = 0.2, high: float = 0.2, dual: float | None = None) -> Tensor:
@@ -79,7 +80,7 @@ def joint(
     depends on the prompt alone can change.  The clipped form follows a public description of the paper.
     """
     gap = (policy[0] - old[0]) - (policy[1] - old[1])
-    ratio = gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    ratio = bounded_exp(gap)
     half = 0.5 * (rewards[0] - rewards[1])
     return torch.maximum(-half * ratio, -half * ratio.clamp(1.0 - low, 1.0 + high))
 
@@ -106,4 +107,4 @@ def token_weights(lengths: Tensor, mode: str, *, tokens: int, responses: int, fi
 
 def importance_weights(trainer: Tensor, sampler: Tensor, cap: float) -> Tensor:
     """[N] min(π_trainer / π_sampler, cap) of the same weights in two engines: truncated importance sampling."""
-    return (trainer - sampler).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=cap)
+    return bounded_exp(trainer - sampler).clamp(max=cap)

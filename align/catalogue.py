@@ -175,14 +175,15 @@ _PREFERENCE: tuple[LossFacts, ...] = (
     ),
 )  # fmt: skip
 
+# Their KL, if any, is `training.rl.kl`'s, and so is what that asks of the reference.
 _POLICY_GRADIENT: tuple[LossFacts, ...] = (
     LossFacts(
-        "ppo_clip", "policy_gradient", f"{_PAIRS}.policy_gradient:clipped",
+        "ppo_clip", "policy_gradient", f"{_PAIRS}.policy_gradient:clipped", reference=False,
         formula="max(-A ρ, -A clip(ρ, 1-c, 1+c')), ρ = π/π_old per token", paper="1707.06347",
         needs="training.rl, training.reward",
     ),
     LossFacts(
-        "p3o_joint", "policy_gradient", f"{_PAIRS}.policy_gradient:joint",
+        "p3o_joint", "policy_gradient", f"{_PAIRS}.policy_gradient:joint", reference=False,
         formula="max(-a ρ, -a clip(ρ, 1-c, 1+c')), a = (r1-r2)/2, ρ = ρ1/ρ2 of two responses", paper="2310.00212",
         needs="training.rl, training.reward",
     ),

@@ -32,7 +32,7 @@ def loss_tables() -> str:
 
 
 def _row(facts: LossFacts) -> str:
-    needs = ["reference"] if facts.reference and facts.family != "policy_gradient" else []
+    needs = ["reference"] if facts.reference else []
     if facts.family == "preference" and not facts.soft:
         needs.append("`pairs.labels: hard`")
     if facts.whole_step:

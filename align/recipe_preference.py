@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from align.catalogue import LOSSES
+from align.recipe_base import strength_faults
 
 if TYPE_CHECKING:
     from align.recipe import Recipe
 
-LARGEST_BETA, SMALLEST_BETA = 1e6, 1e-9
-"""Beyond these, beta times a log-ratio of 1e4 nats, or the square of 1/(2 beta), is no float32 number of any use."""
 NEEDS_NOISE = {
     "cdpo": "the share of preferences that are the wrong way round; without one it is dpo",
     "rdpo": "the share of preferences that are the wrong way round; without one it is dpo",
@@ -25,11 +24,9 @@ def preference_faults(recipe: Recipe) -> list[str]:
         return []  # said elsewhere
     facts = training.loss_facts
     wrong = _reference_faults(recipe)
-    if "beta" in facts.options and not SMALLEST_BETA <= loss.beta <= LARGEST_BETA:
-        wrong.append(
-            f"training.loss.beta: {loss.beta:g} times a log-ratio leaves what float32 can hold; "
-            f"give a number from {SMALLEST_BETA:g} to {LARGEST_BETA:g}, such as 0.1"
-        )
+    for key in ("beta", "d2o_alpha"):
+        if key in facts.options:
+            wrong += strength_faults(f"training.loss.{key}", getattr(loss, key))
     if facts.family != "preference":
         return wrong
     if loss.label_smoothing >= 0.5:

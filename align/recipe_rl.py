@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from align.recipe_base import Block, Count, Fraction, NonNegative, Positive
+from align.recipe_base import Block, Count, Fraction, NonNegative, Positive, strength_faults
 
 if TYPE_CHECKING:
     from align.recipe import Recipe
@@ -29,6 +29,8 @@ DROPS_EQUAL = ("grpo", "rloo", "pairwise_grpo", "p3o")
 """Algorithms to which a prompt whose responses all got the same reward says nothing: it is left out and counted."""
 NEEDS_CRITIC = ("ppo", "pairwise_ppo")
 """Algorithms with a model of the value."""
+LARGEST_ERROR = 0.2
+"""How far off its target, as a share of that, an adaptive coefficient takes the KL to be at most."""
 
 
 class Kl(Block):
@@ -192,10 +194,25 @@ def _kl_faults(recipe: Recipe) -> list[str]:
         )
     if kl.place == "none" and set(kl.changed()) - {"place"}:
         wrong.append("training.rl.kl: with place: none nothing else in this block is read; take it out")
-    if kl.target is not None and kl.beta == 0:
-        wrong.append("training.rl.kl.beta: a coefficient of 0 cannot adapt; give a positive one or take target out")
+    if kl.beta > 0:
+        wrong += strength_faults("training.rl.kl.beta", kl.beta)
+    if kl.target is not None:
+        wrong += _adaptive_faults(recipe)
     if kl.target is None and "horizon" in kl.changed():
         wrong.append("training.rl.kl.horizon: only an adaptive coefficient has one; set target or take it out")
+    return wrong
+
+
+def _adaptive_faults(recipe: Recipe) -> list[str]:
+    kl, wrong = recipe.training.rl.kl, []
+    if kl.beta == 0:
+        wrong.append("training.rl.kl.beta: a coefficient of 0 cannot adapt; give a positive one or take target out")
+    responses = recipe.rounds.prompts_per_round * recipe.sampling.samples_per_prompt
+    if LARGEST_ERROR * responses >= kl.horizon:
+        wrong.append(
+            f"training.rl.kl.horizon: a round has up to {responses:,} responses, and {LARGEST_ERROR:g} of their number "
+            f"over {kl.horizon:g} is taken off the coefficient: none would be left; give {responses:,} or more"
+        )
     return wrong
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from align.recipe_base import Block, Count, Fraction, NonNegative, Positive
+from align.recipe_base import Block, Count, Fraction, NonNegative, Positive, strength_faults
 
 if TYPE_CHECKING:
     from align.recipe import Recipe
@@ -95,6 +95,8 @@ def supervised_faults(recipe: Recipe) -> list[str]:
         wrong.append(f"{key}.best_fraction: says the same as `best` in another way; take one of them out")
     if name == "best_of_n" and settings.best > recipe.sampling.samples_per_prompt:
         wrong.append(f"{key}.best: more than sampling.samples_per_prompt, so nothing would be selected")
+    if name == "mml":
+        wrong += strength_faults(f"{key}.mml_beta", settings.mml_beta)
     if name == "poft":
         wrong += _poft_faults(recipe)
     if name in CONDITIONED:

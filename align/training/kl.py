@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from align.recipe_rl import LARGEST_ERROR
+
 LOG_RATIO_LIMIT = 20.0
 """A log-ratio beyond this is cut in an exponential: e^20 is already no number to average."""
 WEIGHT_LIMIT = 10.0
@@ -64,7 +66,7 @@ def penalty(logprobs: Tensor, reference: Tensor, old: Tensor, estimator: str) ->
 def adapted(coefficient: float, kl: float, target: float, horizon: float, responses: int) -> float:
     """β after a round: β (1 + clip(KL / target - 1, ±0.2) n / horizon), with n responses (arXiv 1909.08593, §2.2).
 
-    `kl` and `target` are in nats per response.
+    `kl` and `target` are in nats per response.  The recipe keeps n below 5 horizons, so that β stays positive.
     """
-    error = min(0.2, max(-0.2, kl / target - 1.0))
+    error = min(LARGEST_ERROR, max(-LARGEST_ERROR, kl / target - 1.0))
     return coefficient * (1.0 + error * responses / horizon)

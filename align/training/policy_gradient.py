@@ -118,12 +118,13 @@ def _steps(
     actor = kind(recipe, columns, result, beta, engine)
     critic = ValueObjective(recipe, columns) if engine.critic is not None else None
     warming = _warming(engine, recipe, round_index)
+    whole = training.algorithm == "p3o"  # its loss takes two responses at a time
     rows = []
     for epoch in range(training.epochs):
-        for places in _minibatches(rollouts, prompts_per_step(recipe), f"{recipe.seed}/{round_index}/{epoch}"):
+        seed = f"{recipe.seed}/{round_index}/{epoch}"
+        for places in _minibatches(rollouts, prompts_per_step(recipe), seed, least=2 if whole else 1):
             before = time.monotonic()
             row: dict[str, Any] = {}
-            whole = training.algorithm == "p3o"  # its loss takes two responses at a time
             units = make_units(places, rollouts, samples, 0 if whole else training.tokens_per_batch)
             if critic is not None and engine.critic is not None:
                 learner = cast(PolicyEngine, engine.critic)  # the driver asks for nothing that only a policy has
@@ -147,17 +148,18 @@ def _warming(engine: PolicyEngine, recipe: Recipe, round_index: int) -> bool:
     return engine.critic is not None and round_index < recipe.training.rl.critic.warmup_rounds
 
 
-def _minibatches(rollouts: Rollouts, prompts: int, seed: str) -> list[list[int]]:
+def _minibatches(rollouts: Rollouts, prompts: int, seed: str, least: int = 1) -> list[list[int]]:
     """Places of the responses of each step: whole prompts in a seeded order.
 
-    A masked response is not computed, and a prompt with nothing else makes no step: with a gradient of zero the
-    optimizer's momentum would still move the weights.
+    A masked response is not computed, and a prompt with fewer than `least` others makes no step: with a gradient of
+    zero the optimizer's momentum would still move the weights.
     """
     by_prompt: dict[str, list[int]] = {}
     for place, group in enumerate(rollouts.groups):
         if rollouts.counted[place]:
             by_prompt.setdefault(group, []).append(place)
-    return make_steps(by_prompt, prompts, seed, lambda places: places)
+    enough = {group: places for group, places in by_prompt.items() if len(places) >= least}
+    return make_steps(enough, prompts, seed, lambda places: places)
 
 
 def make_units(

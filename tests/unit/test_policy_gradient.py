@@ -152,6 +152,7 @@ def test_masked_responses_are_in_no_step() -> None:
         masked=np.array([False, True, True, True]),
     )
     assert _minibatches(rollouts, 1, "seed") == [[0]]
+    assert _minibatches(rollouts, 1, "seed", least=2) == []  # p3o takes two responses at a time
 
 
 def test_clipped_tokens_give_no_gradient() -> None:

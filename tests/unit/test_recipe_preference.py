@@ -29,6 +29,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "beta overflows": ({"loss": {"beta": 1e30}}, {}, r"training.loss.beta: 1e\+30 times a log-ratio leaves"),
     "beta is infinite": ({"loss": {"beta": float("inf")}}, {}, "training.loss.beta: inf times"),
+    "D2O's alpha overflows": (
+        {"algorithm": "d2o", "loss": {"d2o_alpha": 1e30}}, {}, r"training.loss.d2o_alpha: 1e\+30 times a log-ratio",
+    ),
     "its inverse overflows": ({"loss": {"name": "ipo", "beta": 1e-30}}, {}, "training.loss.beta: 1e-30"),
     "noise of a half": (
         {"loss": {"name": "rdpo", "label_smoothing": 0.5}}, HARD, "training.loss.label_smoothing: 0.5 says",

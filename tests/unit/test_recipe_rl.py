@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from align.catalogue import ALGORITHMS
 from align.recipe import Recipe
 from align.recipe_rl import NEEDS_CRITIC, NEEDS_GREEDY, READS, PolicyGradient
+from align.training.kl import adapted
 from align.training.trainers import steps_per_round
 
 
@@ -32,6 +33,12 @@ def recipe(training: dict[str, Any], **more: Any) -> Recipe:
         ({"algorithm": "ppo", "rl": {"kl": {"place": "none", "beta": 0.1}}}, {}, "training.rl.kl: with place: none"),
         ({"algorithm": "ppo", "rl": {"kl": {"beta": 0.0, "target": 1.0}}}, {}, "training.rl.kl.beta: a coefficient"),
         ({"algorithm": "ppo", "rl": {"kl": {"horizon": 5.0}}}, {}, "training.rl.kl.horizon"),
+        ({"algorithm": "ppo", "rl": {"kl": {"beta": 1e30}}}, {}, "training.rl.kl.beta: 1e+30 times a log-ratio leaves"),
+        (
+            {"algorithm": "ppo", "rl": {"kl": {"target": 6.0}}},
+            {"rounds": {"prompts_per_round": 6250}, "sampling": {"samples_per_prompt": 8}},
+            "training.rl.kl.horizon: a round has up to 50,000 responses",
+        ),
         ({"algorithm": "grpo", "reference": "round"}, {}, "training.reference: the responses are the round's own"),
         (
             {"algorithm": "grpo", "reference": "round", "rl": {"kl": {"place": "loss", "target": 1.0}}},
@@ -86,6 +93,26 @@ def test_every_algorithm_is_known_to_the_catalogue_and_stands_with_its_defaults(
         assert recipe({"algorithm": name}).training.trainer.name == name
     assert set(READS) == {a.name for a in ALGORITHMS.values() if a.family == "policy_gradient"}
     assert set(NEEDS_GREEDY) < set(READS)
+
+
+@pytest.mark.parametrize("algorithm", READS)
+def test_without_a_kl_no_reference_is_needed(algorithm: str) -> None:
+    """With one it is asked for once, by its key."""
+    free = recipe({"algorithm": algorithm, "reference": "none", "rl": {"kl": {"place": "none"}}})
+    assert free.training.reference == "none"
+    with pytest.raises(ValidationError) as refused:
+        recipe({"algorithm": algorithm, "reference": "none"})
+    assert str(refused.value).count("training.reference") == 1
+
+
+def test_an_adaptive_coefficient_stays_positive() -> None:
+    """One response fewer than five horizons a round is the most that the recipe takes."""
+    made = recipe(
+        {"algorithm": "ppo", "rl": {"kl": {"target": 6.0, "horizon": 10001.0}}},
+        sampling={"samples_per_prompt": 8},
+        rounds={"prompts_per_round": 6250},
+    )
+    assert adapted(0.1, 0.0, 6.0, made.training.rl.kl.horizon, 50_000) > 0
 
 
 def test_a_step_holds_whole_prompts() -> None:

@@ -33,6 +33,7 @@ def recipe(loss: str, supervised: dict[str, Any] | None = None, **blocks: Any) -
         ("filter", {"score": "reward"}, "training.supervised.threshold: a reward has no natural middle"),
         ("best_of_n", {"best": 2, "best_fraction": 0.5}, "training.supervised.best_fraction: says the same"),
         ("best_of_n", {"best": 9}, "training.supervised.best: more than sampling.samples_per_prompt"),
+        ("mml", {"mml_beta": 1e30}, "training.supervised.mml_beta: 1e+30 times a log-ratio leaves"),
         ("poft", {}, "training.supervised.aligned: poft compares with aligned models"),
         ("poft", {"aligned": ["m"], "aligned_verifier": "coin"}, "training.supervised.aligned_verifier: and `aligned`"),
         ("poft", {"aligned_verifier": "judge"}, "no verifier is called 'judge'; there are coin"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class AlignError(Exception):
     """Something went wrong that the user can read, with an exit status."""
@@ -17,3 +20,11 @@ class InputError(AlignError):
 
 class RunError(AlignError):
     """The run cannot go on: a full disk, a dead rank, weights that do not match.  Nothing committed is lost."""
+
+
+class NotFiniteError(RunError):
+    """A loss or a gradient that is not a number.  `report` has the step, which of the two, and every sample."""
+
+    def __init__(self, message: str, report: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report

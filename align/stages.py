@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from align.ensemble.combine import to_scores
 from align.ensemble.table import from_records
-from align.errors import InputError, RunError
+from align.errors import InputError, NotFiniteError, RunError
 from align.evaluation.metrics import evaluate as measure
 from align.evaluation.report import ensemble_report
 from align.labels import combine_told, told, unseen, verify_labels
@@ -266,7 +266,11 @@ def train(run: Run, round_index: int) -> None:
                     run.append_metrics(row)
                     bar.advance()
 
-                report = train_round(policy, data, recipe, on_step)
+                try:
+                    report = train_round(policy, data, recipe, on_step)
+                except NotFiniteError as error:  # the message has room for the first samples only
+                    run.store.commit_json(None, "not_finite", {"round": round_index, **error.report})
+                    raise
             if report.stopped:
                 run.say(f"round {round_index}: training has ended: {report.stopped}")
             elif not report.steps:

@@ -19,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from align.errors import RunError
+from align.errors import NotFiniteError
 from align.recipe import Recipe
 from align.training.engine import PolicyEngine, dummy_batch
 from align.training.groups import Group, PackedBatch, Plan, lay_out, plan_batches
@@ -129,7 +129,7 @@ def assign(units: Sequence[Unit[Row]], ranks: int) -> list[list[Unit[Row]]]:
 def train_step(engine: PolicyEngine, units: Sequence[Unit[Any]], objective: Objective, recipe: Recipe) -> dict:
     """One optimizer step on the units of all ranks; returns its metrics.  Collective.
 
-    Raises RunError on every rank, before the optimizer step, where a loss or a gradient is not finite on any.
+    Raises NotFiniteError on every rank, before the optimizer step, where a loss or a gradient is not finite on any.
     """
     shares = assign(units, engine.ranks.world_size)
     objective.before_step(engine, shares)
@@ -214,9 +214,10 @@ def _refuse_not_finite(
     suspects = [name for part in engine.ranks.gather(everything, "suspects") for name in part]
     what, names = ("loss", culprits) if culprits else ("gradient", suspects)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    raise RunError(
+    raise NotFiniteError(
         f"training step {engine.step + 1}: the {what} is not finite; the weights were not changed. "
-        f"Samples: {shown}. Lower training.learning_rate, or look at these samples"
+        f"Samples: {shown}. Lower training.learning_rate, or look at these samples",
+        {"step": engine.step + 1, "what": what, "samples": names},
     )
 
 

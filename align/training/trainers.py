@@ -40,7 +40,7 @@ class RoundData:
 def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: OnStep) -> TrainReport:
     """Train on a round with the recipe's trainer; `on_step` gets each step's metrics, on every rank.  Collective.
 
-    Raises RunError on every rank, before the optimizer step, where a loss or a gradient is not finite on any.
+    Raises NotFiniteError on every rank, before the optimizer step, where a loss or a gradient is not finite on any.
     """
     engine.begin_round(data.round)
     report: TrainReport = import_module(recipe.training.trainer.module).train_round(engine, data, recipe, on_step)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pyarrow.parquet import read_table
 
 from align.errors import InputError
 from align.loop import run_verb
@@ -147,3 +148,18 @@ def test_out_of_order_verbs_say_what_comes_first(tiny_recipe: Path) -> None:
         run_verb(recipe, "score")
     with pytest.raises(InputError, match="round 0"):
         run_verb(recipe, "sample", 1)
+
+
+@pytest.mark.engine
+def test_a_step_that_is_not_finite_leaves_the_names_of_all_its_samples(
+    tiny_recipe: Path, align: Callable[..., Finished]
+) -> None:
+    """A learning rate that throws the weights out of range shows in the second step, before that changes anything."""
+    stopped = align("run", tiny_recipe, "training.learning_rate=1e30", "training.pairs_per_step=12")
+    run_dir = tiny_recipe.parent / "runs" / "tiny"
+    found = json.loads((run_dir / "not_finite.json").read_text())
+    assert stopped.status == 1 and "training step 2: the gradient is not finite" in stopped.err
+    assert (found["round"], found["step"], found["what"], len(found["samples"])) == (0, 2, "gradient", 12)
+    drawn = {r["id"] for f in run_dir.glob("rounds/00000/samples-*.parquet") for r in read_table(f).to_pylist()}
+    assert all(set(pair.split("/")) <= drawn for pair in found["samples"])
+    assert not any(run_dir.glob("checkpoints/[0-9]*"))

@@ -346,6 +346,8 @@ class Recipe(Block):
                     f"verifiers.{place}.chat_template: prompts.chat_template has rendered the prompt already; "
                     "with both it would be wrapped twice, so leave one out"
                 )
+        if self.pairs.builder != "top_bottom" and "k" in self.pairs.changed():
+            wrong.append(f"pairs.k: {self.pairs.builder} does not read it, only top_bottom does; take it out")
         wrong += training_faults(self.training)
         if self.training.trainer.family == "policy_gradient":
             wrong += policy_gradient_faults(self)

@@ -52,7 +52,7 @@ def _reference_faults(recipe: Recipe) -> list[str]:
         free = ", ".join(f.name for f in LOSSES.values() if f.family == facts.family and not f.reference)
         other = f", or take a loss without one: {free}" if free else ""
         wrong.append(f"training.reference: {facts.name} compares with a reference; set initial or round{other}")
-    if facts.family == "preference" and not facts.reference and training.reference == "round":
+    if facts.family in ("preference", "supervised") and not facts.reference and training.reference == "round":
         wrong.append(f"training.reference: {facts.name} knows no reference; set none")
     if sync is None:
         return wrong

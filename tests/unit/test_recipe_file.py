@@ -126,7 +126,7 @@ WRONG = [
     ("seed: !mine 5", "5:7: seed: tag '!mine' is not allowed"),
     ("name: again", "5:1: name: duplicate key, first given in line 1; keep one"),
     ("seed: 1\nseed: 1", "6:1: seed: duplicate key, first given in line 5; keep one"),
-    ("pairs: {k: 1, k: 2}", "5:15: pairs.k: duplicate key, first given in line 5; keep one"),
+    ("pairs: {k: 2, k: 3}", "5:15: pairs.k: duplicate key, first given in line 5; keep one"),
     ("<<: {seed: 1}", "5:1: <<: merge keys are not supported; write the keys out".replace("<<:", '"<<":')),
     ("1: x", "5:1: 1: unknown key; the keys here are name, seed"),
     ("'': x", '5:1: "": unknown key; the keys here are name, seed'),

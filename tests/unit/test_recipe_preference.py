@@ -46,6 +46,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "not read": ({"loss": {"name": "ipo", "label_smoothing": 0.1}}, {}, "training.loss.label_smoothing: ipo does not"),
     "no weight of its own": ({"loss": {"name": "dr_dpo", "wpo": True}}, {}, "training.loss.wpo: dr_dpo does not read"),
     "no divergence": ({"loss": {"name": "nca", "divergence": "js"}}, {}, "training.loss.divergence: nca does not read"),
+    "k of nothing": ({}, {"pairs": {"k": 3}}, "pairs.k: best_worst does not read it"),
     "alpha of nothing": ({"loss": {"divergence_alpha": 0.3}}, {}, "training.loss.divergence_alpha: read with"),
     "moves twice": ({"reference_sync": {}, "reference": "round"}, {}, "training.reference_sync: .* already moves"),
     "nothing to move": (

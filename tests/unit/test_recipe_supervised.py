@@ -54,6 +54,7 @@ def test_a_fault_is_refused_by_its_key(loss: str, supervised: dict[str, Any], sa
     [
         ("quark", {"training": {"zero_stage": 3}}, "training.supervised.kl_weight: the exact KL needs a whole head"),
         ("quark", {"training": {"reference": "round"}}, "training.reference: quark's KL is from the initial policy"),
+        ("filter", {"training": {"reference": "round"}}, "training.reference: filter knows no reference; set none"),
         ("filter", {"training": {"loss": {"name": "filter", "beta": 0.3}}}, "training.loss.beta: filter does not read"),
         ("filter", {"policy": {"lora": {}}, "training": {"freeze": "half"}}, "training.freeze: adapters leave all"),
         ("filter", {"pairs": {"k": 3}}, "pairs: sft learns from scores"),

@@ -24,9 +24,7 @@ def recipe(**changes: Any) -> Recipe:
 
 def test_the_schedule_spans_the_steps_that_are_made() -> None:
     """65 pairs in steps of 64 are two steps an epoch, not one and a bit: 3 rounds of 4 epochs make 24."""
-    made = recipe(
-        rounds={"count": 3, "prompts_per_round": 65}, training={"epochs": 4, "pairs_per_step": 64}, pairs={"k": 1}
-    )
+    made = recipe(rounds={"count": 3, "prompts_per_round": 65}, training={"epochs": 4, "pairs_per_step": 64})
     assert Run.total_steps(SimpleNamespace(recipe=made)) == 24  # type: ignore[arg-type]
 
 

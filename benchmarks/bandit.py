@@ -104,12 +104,12 @@ def data_policy() -> Tensor:
 
 
 class World:
-    """A seed's data policy, states and the network that was warmed up to the data policy."""
+    """A seed's data policy, states to train on, and the network that was warmed up to the data policy on these."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, states: int = 100) -> None:
         torch.manual_seed(seed)
         self.reference = data_policy()
-        self.states, self.evaluated = torch.rand(100, WIDTH), torch.rand(EVALUATED, WIDTH)
+        self.states, self.evaluated = torch.rand(100, WIDTH)[:states], torch.rand(EVALUATED, WIDTH)
         self.start = Policy()
         optimizer = torch.optim.Adam(self.start.parameters(), lr=0.01)
         for _ in range(100):
@@ -122,8 +122,8 @@ class World:
 
 def train(setting: Setting, reward_name: str, seed: int) -> tuple[float, float]:
     """Mean reward under the policy on the evaluation states at the early epoch and at the end."""
-    world, reward = World(seed), reward_of(reward_name)
-    policy, states = copy.deepcopy(world.start), world.states[: setting.states]
+    world, reward = World(seed, setting.states), reward_of(reward_name)
+    policy, states = copy.deepcopy(world.start), world.states
     optimizer = torch.optim.Adam(policy.parameters(), lr=setting.rate)
     running: list[Tensor] = []
     early = 0.0

@@ -1,6 +1,7 @@
 """What pushes bad actions down finds a far reward, and a stale batch stops paying: the real losses on the bandit.
 
-The whole table with several seeds is `benchmarks/bandit.py`; here is one seed and what must hold on any.
+The whole table is `benchmarks/bandit.py`.  Here is one seed of what every seed shows, and the mean of three of what most
+show: of ten seeds, imitation of the best came upon the far peak within ten epochs in one.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def early(name: str, reward: str) -> float:
-    return train(replace(SETTINGS[name], epochs=10), reward, SEED)[0]
+def mean_early(name: str) -> float:
+    """Mean reward r4 at epoch 10 over three seeds."""
+    return sum(train(replace(SETTINGS[name], epochs=10), "r4", seed)[0] for seed in (1, 2, 3)) / 3
 
 
 def end(name: str, reward: str) -> float:
@@ -41,7 +43,8 @@ def test_offline_the_negative_gradient_finds_the_far_peak() -> None:
 
 
 def test_on_policy_the_negative_gradient_is_faster() -> None:
-    assert early("on-policy IPO", "r4") > early("on-policy best-of-N", "r4") + 0.3
+    negative, imitated = (mean_early(name) for name in ("on-policy IPO", "on-policy best-of-N"))
+    assert negative > imitated + 0.3 and negative > 0.85
 
 
 def test_a_batch_that_is_reused_too_long_goes_stale() -> None:

@@ -20,6 +20,7 @@ PPO = {
     "reward": {"truncated": "mask", "normalise": "initial"},
 }
 GRPO = {"algorithm": "grpo", "rl": {"kl": {"place": "loss"}, "aggregation": "sequence_mean", "clip_high": 0.28}}
+FREE = {"algorithm": "grpo", "reference": "none", "rl": {"kl": {"place": "none"}}}
 P3O = {"algorithm": "p3o", "rl": {"kl": {"beta": 0.01}}}
 OTHERS = ("rloo", "reinforce_pp", "remax", "pairwise_grpo", "pairwise_ppo")
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -36,6 +37,7 @@ def jobs_of(ranks: int, where: Path) -> dict[str, dict[str, Any]]:
             "ppo": {"training": PPO, "save": str(where / "ppo.save"), "weights": str(where / "ppo.weights")},
             "ppo whole": {"training": {**PPO, "tokens_per_batch": 4096}},
             "grpo": {"training": GRPO},
+            "free": {"training": FREE},
             "p3o": {"training": {**P3O, "tokens_per_batch": 4096}},
             "p3o split": {"training": {**P3O, "tokens_per_batch": 1}},
             "warm": {"training": {**PPO, "rl": {**PPO["rl"], "critic": {"learning_rate": 1e-2, "warmup_rounds": 1}}}},  # type: ignore[dict-item]
@@ -130,7 +132,11 @@ def test_what_is_left_out_is_counted(reports: Reports) -> None:
     assert reports["remax"][0]["counts"] == {"unscored": 1, "no_greedy": 0, "masked": 0}
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo", "p3o", *OTHERS])
+def test_without_a_kl_nobody_asks_a_reference(reports: Reports) -> None:
+    assert reports["free"][0]["steps"] and not any("kl" in row for row in reports["free"][0]["steps"])
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "free", "p3o", *OTHERS])
 def test_the_policy_comes_to_prefer_the_better_responses(reports: Reports, name: str) -> None:
     assert reports[name][0]["gain"] > 0.05
 

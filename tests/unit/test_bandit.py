@@ -1,7 +1,7 @@
 """What pushes bad actions down finds a far reward, and a stale batch stops paying: the real losses on the bandit.
 
-The whole table is `benchmarks/bandit.py`.  Here is one seed of what every seed shows, and the mean of three of what most
-show: of ten seeds, imitation of the best came upon the far peak within ten epochs in one.
+The whole table is `benchmarks/bandit.py`.  Here is one seed of what every seed shows, and the mean of three of what
+most show: of ten seeds, imitation of the best came upon the far peak within ten epochs in one.
 """
 
 from __future__ import annotations

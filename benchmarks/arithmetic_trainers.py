@@ -31,6 +31,8 @@ from benchmarks.common import Row, print_report
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "quickstart"
+MORE_KEPT = ("training.responses_per_step=256",)
+"""Best-of-n keeps one response in eight; a loss that keeps more takes larger steps, not many more."""
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ipo": (BASE, ("training.loss.name=ipo", "training.loss.beta=1")),
     "simpo": (BASE, ("training.loss.name=simpo", "training.loss.beta=2", "training.reference=none")),
@@ -39,18 +41,30 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dr_dpo": (BASE, ("training.loss.name=dr_dpo",)),
     "plackett_luce": ("lipo", ("training.loss.name=plackett_luce",)),
     "gpo": ("lipo", ("training.loss.name=gpo", "training.reference=round")),
+    "ranklist": ("lipo", ("training.loss.name=ranklist",)),
+    "reward_regression": ("lipo", ("training.loss.name=reward_regression",)),
     "nsr": ("w_reinforce", ("training.algorithm=nsr",)),
     "psr": ("w_reinforce", ("training.algorithm=psr",)),
-    "unlikelihood": ("w_reinforce", ("training.algorithm=unlikelihood", "training.learning_rate=1e-4")),
+    "unlikelihood": ("w_reinforce", ("training.algorithm=unlikelihood", "training.learning_rate=3e-5")),
     "pairwise_grpo": ("grpo", ("training.algorithm=pairwise_grpo",)),
+    "pairwise_ppo": ("ppo", ("training.algorithm=pairwise_ppo",)),
     "p3o": ("grpo", ("training.algorithm=p3o", "training.rl.kl.place=reward")),
-    "filter": ("best_of_n", ("training.loss.name=filter",)),
-    "rwr": ("best_of_n", ("training.loss.name=rwr",)),
-    "awr": ("best_of_n", ("training.loss.name=awr",)),
-    "mml": ("best_of_n", ("training.loss.name=mml",)),
-    "quark": ("best_of_n", ("training.loss.name=quark",)),
-    "masked_thought": ("best_of_n", ("training.loss.name=masked_thought",)),
-    "unlikelihood_sft": ("best_of_n", ("training.loss.name=unlikelihood_sft",)),
+    "filter": ("best_of_n", ("training.loss.name=filter", *MORE_KEPT)),
+    "rwr": ("best_of_n", ("training.loss.name=rwr", "training.loss.beta=0.2", *MORE_KEPT)),
+    "awr": ("best_of_n", ("training.loss.name=awr", "training.loss.beta=0.2", *MORE_KEPT)),
+    "mml": ("best_of_n", ("training.loss.name=mml", *MORE_KEPT)),
+    "quark": ("best_of_n", ("training.loss.name=quark", "training.supervised.quantiles_over=prompt", *MORE_KEPT)),
+    "masked_thought": ("best_of_n", ("training.loss.name=masked_thought", *MORE_KEPT)),
+    "unlikelihood_sft": (
+        "best_of_n",
+        ("training.loss.name=unlikelihood_sft", "training.supervised.unlikelihood_weight=0.05", *MORE_KEPT),
+    ),
+    "sharpening": ("best_of_n", ("training.loss.name=sharpening",)),
+    "rlhf_sharpening": ("best_of_n", ("training.loss.name=rlhf_sharpening", "training.loss.beta=1", *MORE_KEPT)),
+    "reward_conditioning": (
+        "conditional",
+        ("training.loss.name=reward_conditioning", 'training.supervised.control=[q, r, ";", c]'),
+    ),
 }
 """Losses without a recipe of their own: the recipe that is changed, and how."""
 METRICS = ("accuracy", "pass@8", "kl", "entropy")

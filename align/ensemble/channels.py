@@ -50,11 +50,8 @@ def channels(table: VerdictTable, silence: bool = False) -> list[Channel]:
     With `silence` a voter that only ever says one thing has a level for keeping silent: that is its other answer.
     """
     values = normalise(table)
-    groups: dict[str, list[int]] = {}
-    for j, family in enumerate(table.families):
-        groups.setdefault(f"family {family}" if family else f"column {j}", []).append(j)
     made = []
-    for columns in groups.values():
+    for columns in table.sources():
         binary = all(table.kinds[j] == "binary" for j in columns)
         if binary and len(columns) == 1:
             channel = _vote(values[:, columns[0]], tuple(columns), silence)

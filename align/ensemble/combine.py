@@ -6,7 +6,7 @@ Legend: N samples, M verifiers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from align.ensemble.majority import Majority
 from align.ensemble.mean import Mean
 from align.ensemble.moments import MatchedMoments, Moments, Triplets
 from align.ensemble.normalise import binarise, normalise, row_mean, row_spread
+from align.ensemble.prepare import MIN_SOURCES, pooled
 from align.ensemble.table import VerdictTable
 from align.ensemble.weaver import Weaver
 from align.recipe import Ensemble
@@ -45,6 +46,11 @@ METHODS: dict[str, Callable[[Ensemble], LabelModel]] = {
     "best_single": lambda s: BestSingle(),
     "weaver": lambda s: Weaver(s.class_balance, s.clusters),
 }
+
+LONE_VERIFIERS = ("moments", "matched_moments", "triplets")
+"""Methods that know nothing of families: each family is made one vote before they see it."""
+BY_AGREEMENT = (*LONE_VERIFIERS, "dawid_skene", "one_coin", "gaussian", "gaussian_full")
+"""Methods that learn from how the verifiers agree; two of them tell only the product of what each is worth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,25 +142,34 @@ def _choose(table: VerdictTable, settings: Ensemble, labels: np.ndarray | None) 
         if labels is not None:
             return with_labels(table, choice, settings, labels)
         return choice, choice.fit.p_good
-    model = METHODS[settings.method](settings)
-    if settings.method == "dawid_skene":
-        choice = _supported(table, model, settings, labels)
-    else:
-        choice = Choice(settings.method, model.fit(table, labels), "the recipe asks for it", (), table, model)
+    choice = _named(table, settings, labels)
     p_good = choice.fit.p_good
     if labels is not None:
         p_good = np.where(np.isnan(labels), p_good, labels)
     return choice, p_good
 
 
+def _named(table: VerdictTable, settings: Ensemble, labels: np.ndarray | None) -> Choice:
+    """The method that the recipe names, or the mean with a warning where it cannot be used."""
+    method, mean = settings.method, METHODS["mean"](settings)
+    speaking = len(channels(table))
+    if method in BY_AGREEMENT and speaking < MIN_SOURCES:
+        name = "Dawid-Skene" if method == "dawid_skene" else method
+        why = f"{name} needs three verifiers or families that speak, and {speaking} did: the mean is used"
+        return Choice("mean", mean.fit(table), why, (why,), table, mean)
+    model = METHODS[method](settings)
+    if method == "dawid_skene":
+        return _supported(table, model, settings, labels)
+    seen = pooled(table) if method in LONE_VERIFIERS else table
+    fit = model.fit(seen, labels)
+    undecided = np.isnan(fit.p_good) & ~np.isnan(table.values).all(axis=1)  # a family that is divided
+    fit = replace(fit, p_good=np.where(undecided, fit.balance, fit.p_good))
+    return Choice(method, fit, "the recipe asks for it", (), seen, model)
+
+
 def _supported(table: VerdictTable, model: LabelModel, settings: Ensemble, labels: np.ndarray | None) -> Choice:
     """Dawid-Skene where the verifiers bear it out, else the mean with a warning."""
-    mean = METHODS["mean"](settings)
-    speaking = len(channels(table))
-    if speaking < 3:
-        why = f"Dawid-Skene needs three verifiers or families that speak, and {speaking} did: the mean is used"
-        return Choice("mean", mean.fit(table), why, (why,), table, mean)
-    fit = model.fit(table, labels)
+    mean, fit = METHODS["mean"](settings), model.fit(table, labels)
     if fit.diagnostics["support"] < MIN_SUPPORT:
         why = (
             f"Dawid-Skene followed one source against the rest (support {fit.diagnostics['support']:.2f}, needed "

@@ -22,7 +22,7 @@ from align.ensemble.gaussian import GaussianEM, leave_one_out
 from align.ensemble.jury import Ballot, ballot
 from align.ensemble.mean import Mean
 from align.ensemble.normalise import binarise, normalise
-from align.ensemble.prepare import MIN_SOURCES, determined, without
+from align.ensemble.prepare import MIN_SOURCES, determined, pooled, without
 from align.ensemble.table import VerdictTable
 from align.recipe import Ensemble
 
@@ -90,7 +90,7 @@ def _license_votes(table: VerdictTable, settings: Ensemble) -> tuple[LabelModel,
 def _license_scores(table: VerdictTable, settings: Ensemble) -> tuple[LabelModel, Fit | None, str]:
     """Gaussian EM for scores: refused unless the jury surely prefers it."""
     model = GaussianEM(settings.class_balance, None, settings.max_iterations)
-    sample = _rows(table, JURY_ROWS)
+    sample = pooled(_rows(table, JURY_ROWS))
     values = normalise(sample)
     total, heard = np.nansum(values, axis=1), (~np.isnan(values)).sum(axis=1)
     vote = ballot(values, lambda j: _mean_without(values, total, heard, j), leave_one_out(model, sample))

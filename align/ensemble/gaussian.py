@@ -19,6 +19,7 @@ import numpy as np
 from align.ensemble.base import Fit, logit, sigmoid, weighted_rates
 from align.ensemble.logistic import enough, logistic_regression
 from align.ensemble.normalise import binarise, gaussian_scores, normalise, row_mean
+from align.ensemble.prepare import pooled
 from align.ensemble.table import VerdictTable
 
 TOLERANCE = 1e-5  # largest change of a probability that ends EM
@@ -38,14 +39,14 @@ class GaussianEM:
     max_iterations: int = 200
 
     def fit(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
+        spoken, verifiers, table = (~np.isnan(table.values)).any(axis=1), table, pooled(table)
         scores = gaussian_scores(table)
-        spoken = (~np.isnan(table.values)).any(axis=1)
         start = self._start(table, scores, labels)
         held = np.full(len(scores), np.nan) if labels is None else labels
         q, balance, iterations, converged = _expectation_maximisation(self, scores, start, held)
         p_good = np.where(spoken, q, np.nan)
         share = balance if self.balance is None else self.balance
-        tpr, tnr = weighted_rates(binarise(table, float(np.clip(share, 0.01, 0.99))), p_good, pseudo=2.0, tilt=0.7)
+        tpr, tnr = weighted_rates(binarise(verifiers, float(np.clip(share, 0.01, 0.99))), p_good, pseudo=2.0, tilt=0.7)
         diagnostics = {"iterations": float(iterations), "converged": float(converged)}
         warnings = () if converged else (f"Gaussian EM stopped after {iterations} iterations, before it settled",)
         return Fit(p_good, float(share), tpr, tnr, diagnostics, warnings)
@@ -99,7 +100,7 @@ def _discriminant(scores: np.ndarray, q: np.ndarray, m1: np.ndarray, m0: np.ndar
 
 
 def leave_one_out(model: GaussianEM, table: VerdictTable) -> Callable[[int], np.ndarray]:
-    """Column -> the log-odds [N] of the fit without that column's term."""
+    """Column -> the log-odds [N] of the fit without that column's term; the table has no family of several."""
     scores = gaussian_scores(table)
     q = np.nan_to_num(model.fit(table).p_good, nan=0.5)
     m1, m0 = q @ scores / (q.sum() + 1e-9), (1.0 - q) @ scores / ((1.0 - q).sum() + 1e-9)

@@ -13,6 +13,8 @@ from align.ensemble.base import Fit, nothing, sigmoid, weighted_rates
 from align.ensemble.channels import channels
 from align.ensemble.dawid_skene import MAX_LOG_ODDS, DawidSkene, channel_log_odds, expectation_maximisation
 from align.ensemble.jury import correlation
+from align.ensemble.logistic import enough
+from align.ensemble.mean import fit_shared
 from align.ensemble.normalise import binarise, normalise
 from align.ensemble.table import VerdictTable
 
@@ -21,7 +23,8 @@ from align.ensemble.table import VerdictTable
 class NaiveBayes:
     """Naive Bayes with the channels' rates counted on the labelled samples, `pseudo` prior votes each.
 
-    This is one M step of Dawid and Skene's EM with the labels for a posterior, and then one E step.
+    This is one M step of Dawid and Skene's EM with the labels for a posterior, and then one E step.  Without labels of
+    both classes what speaks is the prior, and that is said.
     """
 
     pseudo: float = 2.0
@@ -42,20 +45,25 @@ class NaiveBayes:
         tpr, tnr = weighted_rates(binarise(table, em.balance), np.full(len(known), np.nan), self.pseudo, 0.7)
         if labels is not None:
             tpr, tnr = weighted_rates(binarise(table, em.balance), labels, self.pseudo, 0.7)
-        return Fit(p_good, em.balance, tpr, tnr)
+        said = "naive Bayes needs labels of both classes: the prior votes, the same for every verifier, stand in for it"
+        return Fit(p_good, em.balance, tpr, tnr, warnings=() if enough(truth) else (said,))
 
 
 @dataclass(frozen=True, slots=True)
 class BestSingle:
     """The verdicts of the one verifier that agrees best with the labels, turned round if it is best at being wrong.
 
-    Agreement is the correlation over all labelled samples; a silent verdict is the class balance.
+    Agreement is the correlation over all labelled samples; a silent verdict is the class balance.  Without labels of
+    both classes no verifier is known to be the best: the mean verdict is returned with a warning.
     """
 
     def fit(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
         values = normalise(table)
         truth = np.full(len(values), np.nan) if labels is None else labels
-        share = float(np.nanmean(truth)) if not np.isnan(truth).all() else 0.5
+        if not enough(truth):
+            said = "the best single verifier needs labels of both classes: the mean verdict stands in for it"
+            return replace(fit_shared(table, values, 0.0, None), warnings=(said,))
+        share = float(np.nanmean(truth))
         found = np.array([agreement(values[:, j], truth) for j in range(values.shape[1])])
         best = int(np.argmax(np.abs(found)))
         verdict = values[:, best] if found[best] >= 0 else 1.0 - values[:, best]

@@ -8,12 +8,13 @@ import numpy as np
 
 from align.ensemble.base import Fit, match_balance, shrink, weighted_rates
 from align.ensemble.normalise import binarise, normalise, row_mean
+from align.ensemble.prepare import voices
 from align.ensemble.table import VerdictTable
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """P(good) = (sum of normalised verdicts + pseudo/2) / (voters + pseudo).
+    """P(good) = (sum of normalised verdicts + pseudo/2) / (voters + pseudo), where a family is one voter.
 
     Rising in the mean and never 0 or 1, so it serves as a cautious probability; it is not calibrated.  Where the class
     balance is known, the log-odds are moved by one constant so that P(good) has that mean.
@@ -28,11 +29,12 @@ class Mean:
 
 
 def fit_shared(table: VerdictTable, values: np.ndarray, pseudo: float, balance: float | None) -> Fit:
-    """The fit of a model that gives each of the values [N, M] the same say.
+    """The fit of a model that gives each lone verifier and each family the same say; values [N, M] are by verifier.
 
     The rates are agreement with the ensemble, a verifier's own vote included: kind to the verifier.
     """
-    p_good = shrink(row_mean(values), (~np.isnan(values)).sum(axis=1), pseudo)
+    said = voices(table, values)
+    p_good = shrink(row_mean(said), (~np.isnan(said)).sum(axis=1), pseudo)
     if balance is not None:
         p_good = match_balance(p_good, balance)
     share = float(np.nanmean(p_good)) if not np.isnan(p_good).all() else 0.5

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from align.ensemble.channels import Channel
+from align.ensemble.normalise import normalise, row_mean
 from align.ensemble.table import VerdictTable
 
 DETERMINED = 0.995  # share of a verifier's variance that the others explain before it says nothing new
@@ -84,6 +85,38 @@ def without(table: VerdictTable, columns: Sequence[int]) -> VerdictTable:
         families=tuple(table.families[j] for j in kept),
         failures=tuple(table.failures[j] for j in kept) if table.failures else (),
         whole_prompts=tuple(table.whole_prompts[j] for j in kept) if table.whole_prompts else (),
+    )
+
+
+def voices(table: VerdictTable, values: np.ndarray) -> np.ndarray:
+    """[N, M] by verifier -> [N, S] by source: the mean of those of a family that speak.
+
+    Verifiers of one family make the same mistakes: five of them are no five witnesses.
+    """
+    groups = table.sources()
+    return values if len(groups) == len(table.names) else np.column_stack([row_mean(values[:, g]) for g in groups])
+
+
+def pooled(table: VerdictTable) -> VerdictTable:
+    """The table with one column a source, for models that know nothing of families.
+
+    A family of votes says what most of it says, and nothing at a tie; one with a score in it is its mean verdict.
+    """
+    groups = table.sources()
+    if len(groups) == len(table.names):
+        return table
+    binary = [all(table.kinds[j] == "binary" for j in g) for g in groups]
+    said = voices(table, normalise(table))
+    for s, group in enumerate(groups):
+        if len(group) == 1:
+            said[:, s] = table.values[:, group[0]]
+        elif binary[s]:
+            said[:, s] = np.where(said[:, s] == 0.5, np.nan, np.round(said[:, s]))
+    one = [group[0] for group in groups]
+    return replace(
+        without(table, [j for j in range(len(table.names)) if j not in one]),
+        values=said,
+        kinds=tuple("binary" if b else "score" for b in binary),
     )
 
 

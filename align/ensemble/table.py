@@ -50,6 +50,13 @@ class VerdictTable:
         if odd.any():
             raise ValueError(f"verifier {self._first_column(odd)!r} is binary but gave a value other than 0 and 1")
 
+    def sources(self) -> list[list[int]]:
+        """Columns of each source, in the order of their first: the members of a family, or one lone verifier."""
+        found: dict[str, list[int]] = {}
+        for j, family in enumerate(self.families):
+            found.setdefault(f"family {family}" if family else f"column {j}", []).append(j)
+        return list(found.values())
+
     def _first_column(self, where: np.ndarray) -> str:
         return self.names[int(where.any(axis=0).argmax())]
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from align.ensemble.base import match_balance, shrink, weighted_rates
-from align.ensemble.combine import METHODS, combine, to_scores
+from align.ensemble.combine import BY_AGREEMENT, METHODS, combine, to_scores
+from align.ensemble.prepare import pooled
 from align.ensemble.table import VerdictTable
 from align.recipe import Ensemble
 from align.records import Sample
@@ -93,6 +94,61 @@ def test_auto_is_the_mean_and_says_why() -> None:
     auto, mean = combine(table, Ensemble()), combine(table, Ensemble(method="mean"))
     np.testing.assert_array_equal(auto.p_good, mean.p_good)
     assert auto.method == "mean" and "auto" in auto.why
+
+
+# ---- families ------------------------------------------------------------------------------------------------------
+
+
+def test_a_family_is_one_voter_of_the_mean_and_the_majority() -> None:
+    table = table_of([[1, 0, 0, 0], [1, 0, 0, 1], [NAN, NAN, NAN, 1]], families=("", "f", "f", "f"))
+    np.testing.assert_allclose(combine(table, Ensemble(method="mean")).p_good, [2 / 4, (1 + 1 / 3 + 1) / 4, 2 / 3])
+    majority = combine(table, Ensemble(method="majority", prior_strength=0.0))
+    np.testing.assert_allclose(majority.p_good, [1 / 2, 2 / 3, 1])
+    assert len(majority.estimates) == 4
+
+
+def test_a_pooled_family_of_votes_says_what_most_of_it_says_and_one_of_scores_its_mean() -> None:
+    values = [[1, 1, 0, 1, 2.0, 8.0], [0, 1, 0, NAN, 4.0, NAN], [NAN, 0, 1, NAN, NAN, NAN]]
+    table = table_of(values, ("binary",) * 4 + ("score",) * 2, ("", "f", "f", "f", "g", "g"))
+    found = pooled(table)
+    assert found.names == ("v0", "v1", "v4") and found.kinds == ("binary", "binary", "score")
+    np.testing.assert_allclose(found.values, [[1, 1, 3 / 8], [0, NAN, 3 / 4], [NAN, NAN, NAN]])
+    assert pooled(found) is found
+
+
+@pytest.mark.parametrize("method", ["auto", "mean", "moments", "matched_moments", "triplets", "gaussian"])
+@pytest.mark.parametrize("kind", ["binary", "score"])
+def test_one_judge_under_five_prompts_does_not_outvote_the_rest(method: str, kind: str) -> None:
+    rng = np.random.default_rng(1)
+    good = rng.random(600) < 0.5
+    opinions = [good * 2.0, good * 1.8, good * 1.6, *[2.0 * rng.normal(size=600)] * 5]
+    spread = [1.0] * 3 + [0.3] * 5
+    said = np.column_stack([o - o.mean() + s * rng.normal(size=600) for o, s in zip(opinions, spread, strict=True)])
+    said = (said > 0).astype(float) if kind == "binary" else said
+    apart = table_of(said, (kind,) * 8)
+    one = table_of(said, (kind,) * 8, ("", "", "", *["judge"] * 5))
+    right = [((combine(t, Ensemble(method=method)).p_good > 0.5) == good).mean() for t in (apart, one)]
+    assert right[0] < 0.66 and right[1] > 0.78
+    assert len(combine(one, Ensemble(method=method)).estimates) == 8
+
+
+# ---- too few verifiers, no labels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", BY_AGREEMENT)
+def test_two_verifiers_cannot_judge_each_other(method: str) -> None:
+    votes = np.random.default_rng(0).integers(0, 2, (50, 2)).astype(float)
+    combined = combine(table_of(votes), Ensemble(method=method))
+    assert combined.method == "mean" and "2 did: the mean is used" in combined.why
+    assert combined.why in combined.warnings
+
+
+@pytest.mark.parametrize("method", ["naive_bayes", "logistic", "best_single"])
+def test_what_learns_from_labels_says_that_there_are_none(method: str) -> None:
+    votes = np.random.default_rng(0).integers(0, 2, (50, 3)).astype(float)
+    combined = combine(table_of(votes), Ensemble(method=method))
+    assert any("needs labels of both classes" in warning for warning in combined.warnings)
+    assert ((combined.p_good > 0.5) == (votes.mean(axis=1) > 0.5)).all()  # nobody leads
 
 
 def test_two_verifiers_are_too_few_for_dawid_skene() -> None:

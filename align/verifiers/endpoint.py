@@ -65,7 +65,7 @@ class Endpoint:
         self._parts = urlsplit(address)
         self._timeout_s, self._retries, self._pause_s = timeout_s, retries, pause_s
         self._max_characters, self._concurrency = max_characters, concurrency
-        self._lock = threading.Lock()
+        self._lock, self._served = threading.Lock(), False
         self.account: Counter[str] = Counter()
 
     @classmethod
@@ -134,7 +134,7 @@ class Endpoint:
                 tokens_written=_natural(usage.get("completion_tokens")),
             )
             result = read(found["choices"][0])
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             self._count(unread=1)
             return Abstain(f"the endpoint's answer is not in the expected form: {type(error).__name__}")
         if isinstance(result, Abstain):
@@ -175,14 +175,16 @@ class Endpoint:
         if len(answer) > LARGEST_ANSWER:
             raise Abstain(f"the endpoint's answer is longer than {LARGEST_ANSWER} bytes")
         if response.status == 200:
+            self._served = True
             return answer
         told = clean(answer[:400].decode(errors="replace"))
         told = told.replace(key, "…") if key else told
         return self._refused(response, told)
 
     def _refused(self, response: http.client.HTTPResponse, told: str) -> bytes:
+        """Raises what a status means.  One that has served before and says 403 or 404 now minds this text, not us."""
         status = response.status
-        if status in (401, 403, 404):
+        if status == 401 or (status in (403, 404) and not self._served):
             key = {401: "key_variable", 403: "key_variable", 404: "model"}[status]
             raise InputError(f"{self._where}.{key}: the endpoint answers with status {status}: {told}")
         if status in (408, 409, 425, 429) or status >= 500:

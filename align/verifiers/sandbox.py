@@ -103,16 +103,19 @@ def _run(interpreter: str, settings: dict[str, Any], given: bytes, limits: Limit
         told.write(json.dumps(settings).encode())
         told.seek(0)
         input_file.write(given)
-        input_file.seek(0)
-        with subprocess.Popen(
-            [interpreter, "-I", "-S", str(_INIT), str(told.fileno()), str(status_to)],
-            stdin=input_file,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[told.fileno(), status_to],
-            env=_ENVIRONMENT,
-            bufsize=0,
-        ) as process:
+        input_file.flush()
+        with (
+            open(f"/proc/self/fd/{input_file.fileno()}", "rb") as to_read,  # opened anew: it may not be written inside
+            subprocess.Popen(
+                [interpreter, "-I", "-S", str(_INIT), str(told.fileno()), str(status_to)],
+                stdin=to_read,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[told.fileno(), status_to],
+                env=_ENVIRONMENT,
+                bufsize=0,
+            ) as process,
+        ):
             os.close(status_to)
             try:
                 _wait_for_walls(status_from)

@@ -288,6 +288,7 @@ def drip(body: dict[str, Any], handler: BaseHTTPRequestHandler) -> None:
         (lambda b, h: reply(h, b"[]"), "not in the expected form"),
         (lambda b, h: reply(h, b'{"choices": []}'), "not in the expected form: IndexError"),
         (lambda b, h: reply(h, completion("Yes")), "gives no log-probabilities"),
+        (lambda b, h: reply(h, completion("Yes", [("Yes", 0.5)]).replace(b"-0.69", b"9" * 400)), "OverflowError"),
         (lambda b, h: reply(h, b"too long a prompt", 400), "status 400: too long a prompt"),
         (lambda b, h: reply(h, b"", 302, Location="http://127.0.0.1:9/"), "status 302"),
     ],
@@ -310,6 +311,18 @@ def test_what_the_user_can_mend_ends_the_stage(serve: Any, monkeypatch: pytest.M
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(InputError, match="JUDGE_KEY is not set"):
         wrong.choose([QUESTION], ("Yes", "No"))
+
+
+def test_a_text_that_is_refused_does_not_end_the_stage_of_a_server_that_serves(serve: Any) -> None:
+    def handle(body: dict[str, Any], handler: BaseHTTPRequestHandler) -> None:
+        hostile = "<script>" in body["messages"][1]["content"]
+        reply(handler, b"blocked by policy" if hostile else completion("fine"), 403 if hostile else 200)
+
+    asked = endpoint(serve(handle), concurrency=1)
+    texts = ["3", "<script>", "4"]
+    found = asked.write([Question("You judge.", (("RESPONSE", text),), "?") for text in texts], 5)
+    assert found[0] == found[2] == "fine"
+    assert isinstance(found[1], Abstain) and str(found[1]) == "the endpoint answered with status 403: blocked by policy"
 
 
 def test_nobody_listens() -> None:

@@ -78,6 +78,13 @@ open("mine", "w").write("x")
 
 
 @needs_sandbox
+def test_its_input_lies_on_the_machine_and_cannot_be_written() -> None:
+    program = "import os, sys\nprint(sys.stdin.read())\ntry: os.write(0, b'x'); print('wrote')\nexcept OSError: print('no')"
+    outcome = run_python({"main.py": program}, "main.py", b"given", Limits())
+    assert outcome.output == b"given\nno\n"
+
+
+@needs_sandbox
 def test_no_way_back_to_privileges() -> None:
     program = """
 import ctypes

@@ -61,6 +61,7 @@ def read_labels(recipe: Recipe, prompts: PromptSet, tokenizer: PreTrainedTokeniz
         text, response, label = _row(row, errors)
         if text is None or response is None or label is None:
             continue
+        asked = text
         if text not in train and text not in held_out:
             text = sources.render([sources.Item(row.where, text, None, None)], recipe.prompts, tokenizer)[0]
         if text in held_out:
@@ -69,7 +70,9 @@ def read_labels(recipe: Recipe, prompts: PromptSet, tokenizer: PreTrainedTokeniz
         item = _item(row, text, response, tokenizer, errors)
         known = train.get(text)
         if known is not None:
-            item = replace(item, answer=item.answer or known.answer, columns=known.columns)
+            item = replace(item, answer=item.answer or known.answer, columns=known.columns, turns=known.turns)
+        elif recipe.prompts.chat_template:
+            item = replace(item, turns=sources.turns_of(asked))
         if item.sample_id not in good:
             items.append(item)
         elif good[item.sample_id] is label:

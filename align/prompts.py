@@ -222,6 +222,13 @@ def render(items: Sequence[Item], settings: Prompts, tokenizer: PreTrainedTokeni
     return texts
 
 
+def turns_of(content: str | list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """(role, text) of each message; a text alone is the user's."""
+    if isinstance(content, str):
+        return (("user", content),)
+    return tuple((str(message["role"]), str(message["content"])) for message in content)
+
+
 def tokenize(
     items: Sequence[Item], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool
 ) -> list[tuple[int, ...]]:
@@ -297,7 +304,8 @@ def _unique(
     errors = RowErrors()
     for item, text, ids in zip(items, texts, token_ids, strict=True):
         split = item.split or ("eval" if _falls_into_eval(text, settings.eval_fraction) else "train")
-        prompt = Prompt(content_id(text), text, ids, item.answer, split, item.columns)
+        turns = turns_of(item.content) if settings.chat_template else ()
+        prompt = Prompt(content_id(text), text, ids, item.answer, split, item.columns, turns)
         if text not in first:
             first[text] = (item, prompt)
             continue

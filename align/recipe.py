@@ -340,12 +340,6 @@ class Recipe(Block):
             )
         if self.sampling.max_new_tokens >= (self.policy.from_scratch or Scratch(context=10**9)).context:
             wrong.append("sampling.max_new_tokens: leaves no room for a prompt in policy.from_scratch.context")
-        for place, verifier in enumerate(self.verifiers):
-            if verifier.kind == "reward_model" and verifier.chat_template and self.prompts.chat_template:
-                wrong.append(
-                    f"verifiers.{place}.chat_template: prompts.chat_template has rendered the prompt already; "
-                    "with both it would be wrapped twice, so leave one out"
-                )
         if self.pairs.builder != "top_bottom" and "k" in self.pairs.changed():
             wrong.append(f"pairs.k: {self.pairs.builder} does not read it, only top_bottom does; take it out")
         wrong += training_faults(self.training)

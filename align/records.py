@@ -38,6 +38,7 @@ class Prompt:
     answer: str | None  # reference answer for verifiers that take one; never shown to the policy
     split: str  # "train" or "eval"
     columns: tuple[tuple[str, str], ...] = ()  # (name, text) of further columns that verifiers read
+    turns: tuple[tuple[str, str], ...] = ()  # (role, text) that a chat template made `text` of; empty without one
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,4 +81,5 @@ def _item(row: Sample, question: Prompt, begun: str) -> Item:
         response_tokens=len(row.prompt_ids) - len(question.token_ids) + len(row.response_ids),
         finish_reason=row.finish_reason,
         columns=question.columns,
+        turns=question.turns,
     )

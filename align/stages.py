@@ -163,6 +163,7 @@ def items(samples: Sequence[Sample], prompts: dict[str, Prompt]) -> list[Item]:
             response_tokens=len(s.response_ids),
             finish_reason=s.finish_reason,
             columns=prompts[s.prompt_id].columns,
+            turns=prompts[s.prompt_id].turns,
         )
         for s in samples
     ]

@@ -48,7 +48,7 @@ class Arithmetic(PerItem):
 
     def value(self, item: Item) -> float:
         """0.0 or 1.0; abstains where the prompt is no such problem."""
-        problem = parse_problem(item.prompt)
+        problem = parse_problem(item.question)
         if problem is None:
             raise Abstain("the prompt is not a+b=, a-b= or a*b=")
         number = last_number(item.response)

@@ -33,6 +33,18 @@ class Item:
     response_tokens: int
     finish_reason: str  # "stop" or "length"
     columns: tuple[tuple[str, str], ...] = ()  # (name, text) of the prompt's columns that verifiers asked for
+    turns: tuple[tuple[str, str], ...] = ()  # (role, text) that a chat template made `prompt` of; empty without one
+
+    @property
+    def question(self) -> str:
+        """The prompt as it was asked, without the marks of the policy's chat template; several turns by their roles."""
+        if len(self.turns) < 2:
+            return self.turns[0][1] if self.turns else self.prompt
+        return "\n\n".join(f"{role}: {text}" for role, text in self.turns)
+
+    def conversation(self) -> list[tuple[str, str]]:
+        """(role, text) of every turn, the response last, for a model with a chat template of its own."""
+        return [*(self.turns or (("user", self.prompt),)), ("assistant", self.response)]
 
     def column(self, name: str) -> str:
         """The prompt's text in a column; abstains where it has none."""

@@ -161,7 +161,7 @@ def identity(spec: VerifierSpec, setting: str = "") -> bytes:
 def item_key(verifier: bytes, item: Item) -> bytes:
     """Sixteen bytes of everything that the item shows a verifier; which sample it is does not count."""
     digest = hashlib.blake2b(verifier, digest_size=16)
-    flat = [part for column in item.columns for part in column]
+    flat = [part for pair in (*item.columns, ("turns", str(len(item.turns))), *item.turns) for part in pair]
     shown = (item.prompt, item.response, item.answer, item.response_tokens, item.finish_reason, *flat)
     for part in shown:
         text = b"\0" if part is None else b"=" + str(part).encode("utf-8", "surrogatepass")

@@ -14,7 +14,7 @@ from align.errors import InputError
 from align.model_files import check_model_dir, resolve_model
 from align.sampling import environment
 from align.verifiers.base import Abstain, Item, ModelVerifier
-from align.verifiers.fence import defuse
+from align.verifiers.fence import break_tokens, defuse
 from align.verifiers.spec_models import ClassifierSpec
 
 BATCH = 16  # texts that transformers takes at a time
@@ -81,14 +81,14 @@ class Classifier(ModelVerifier):
         """The classifier's own tokens."""
         form, tokenizer = self._spec.text, self._tokenizer
         if form == "chat":
-            special = tokenizer.all_special_tokens
-            said = [("user", defuse(item.prompt, special)), ("assistant", defuse(item.response, special))]
+            said = [(role, defuse(text, tokenizer.all_special_tokens)) for role, text in item.conversation()]
             turns = [{"role": role, "content": text} for role, text in said]
             text = tokenizer.apply_chat_template(turns, tokenize=False)
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        response = break_tokens(item.response, tokenizer.all_special_tokens)
         if form == "pair":
-            return list(tokenizer(item.prompt, item.response)["input_ids"])
-        return list(tokenizer(item.prompt + item.response if form == "joined" else item.response)["input_ids"])
+            return list(tokenizer(item.question, response)["input_ids"])
+        return list(tokenizer(item.prompt + response if form == "joined" else response)["input_ids"])
 
     def account(self) -> dict[str, float]:
         """Requests and tokens."""

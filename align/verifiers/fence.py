@@ -56,7 +56,12 @@ def mark_for(texts: Sequence[str]) -> str:
 def defuse(text: str, special: Iterable[str] = ()) -> str:
     """The text with every special token broken by a blank and without control characters; as UTF-8 can hold it."""
     text = _INVISIBLE.sub("\ufffd", text.encode("utf-8", "replace").decode("utf-8"))
+    return _TURNS.sub(lambda found: f"{found[0]} ", break_tokens(text, special))
+
+
+def break_tokens(text: str, special: Iterable[str]) -> str:
+    """The text with these tokens broken by a blank and nothing else changed, for a model that only scores it."""
     for token in special:
         if len(token) > 1:
             text = text.replace(token, f"{token[0]} {token[1:]}")
-    return _TURNS.sub(lambda found: f"{found[0]} ", text)
+    return text

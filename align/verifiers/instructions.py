@@ -35,7 +35,7 @@ class Instructions(PerItem):
             raise Abstain("neither the recipe nor the prompt has a check")
         texts = loose_forms(item.response) if self._loose else [item.response]
         texts = [text for text in texts if text.strip()]
-        return float(all(any(passes(check, text, item.prompt) for text in texts) for check in checks))
+        return float(all(any(passes(check, text, item.question) for text in texts) for check in checks))
 
     def _of_prompt(self, item: Item) -> list[dict[str, Any]]:
         if self._column is None:

@@ -67,7 +67,7 @@ class LanguageJudge(ModelVerifier):
 
     def _texts(self, row: Sequence[Item]) -> tuple[tuple[str, str], ...]:
         spec, item = self._spec, row[0]
-        texts = [("PROMPT", item.prompt)]
+        texts = [("PROMPT", item.question)]
         if spec.context_column is not None:
             texts.append(("CONTEXT", item.column(spec.context_column)))
         if spec.show_answer:

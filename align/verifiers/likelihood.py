@@ -47,7 +47,7 @@ class Likelihood(ModelVerifier):
         if self._template is None:
             before, text = item.prompt, item.response
         else:
-            before, text = self._template.replace("{response}", item.response), item.prompt
+            before, text = self._template.replace("{response}", item.response), item.question
         return self.engine.text_ids(before, first=True), self.engine.text_ids(text, first=False)
 
     def account(self) -> dict[str, float]:

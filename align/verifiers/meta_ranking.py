@@ -62,7 +62,7 @@ class MetaRanking(ModelVerifier):
             (i, reference)
             for i, item in enumerate(batch)
             for reference in self._references
-            if reference.prompt != item.prompt
+            if reference.prompt not in (item.prompt, item.question)
         ]
         asked = [_question(batch[i], reference, ahead) for ahead in (True, False) for i, reference in rows]
         found = [shares(c, self._spec.least_mass, WORDS) for c in self._answerer.choose(asked, WORDS)]
@@ -92,7 +92,7 @@ class MetaRanking(ModelVerifier):
 
 def _question(item: Item, reference: Reference, ahead: bool) -> Question:
     """The response as pair A where it is `ahead`, else as pair B."""
-    mine, theirs = (item.prompt, item.response), (reference.prompt, reference.response)
+    mine, theirs = (item.question, item.response), (reference.prompt, reference.response)
     first, second = (mine, theirs) if ahead else (theirs, mine)
     texts = (("PROMPT A", first[0]), ("ANSWER A", first[1]), ("PROMPT B", second[0]), ("ANSWER B", second[1]))
     return Question(ROLE, texts, ASK)

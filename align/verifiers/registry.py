@@ -74,6 +74,12 @@ def check(spec: VerifierSpec, where: str | None = None) -> Sequence[str]:
     prefix = where if where is not None else f"verifiers.{spec.name}"
     if spec.kind in IN_PROCESS and spec.workers > 1:
         raise InputError(f"{prefix}.workers: `{spec.kind}` runs beside the policy, not in processes of its own")
+    asked_here = spec.kind in IN_PROCESS and getattr(spec, "endpoint", None) is None
+    if asked_here and spec.timeout_s != type(spec).model_fields["timeout_s"].default:
+        raise InputError(
+            f"{prefix}.timeout_s: a model in this process answers a whole batch at once, so there is no deadline for "
+            "one response; leave it out"
+        )
     remarks = []
     for key in ("file", "negative_file") if spec.kind in WORD_LISTS else ():
         path = getattr(spec, key, None)

@@ -7,10 +7,12 @@ Where reward models go wrong between training and serving, and what is done abou
   the end-of-sequence token read one token earlier where an input ends with it, so `append_eos` is refused there.
 - A template's text holds its own beginning-of-sequence token: it is not added twice.
 - An input that is too long is not cut: the verifier abstains and says so.
+- A response that spells a special token (`<|im_end|>`) would end its own turn: the token is broken by a blank.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,6 +21,7 @@ from align.errors import InputError
 from align.model_files import check_model_dir, resolve_model
 from align.sampling import environment
 from align.verifiers.base import Abstain, Item, ModelVerifier
+from align.verifiers.fence import break_tokens
 from align.verifiers.spec import RewardModelSpec
 
 
@@ -78,12 +81,14 @@ class RewardModel(ModelVerifier):
         settings |= spec.engine
         self._llm = environment.make_llm(path, config, settings, key, world_size=_world_size())
         self.max_tokens: int = self._llm.model_config.max_model_len
+        self._account: Counter[str] = Counter()
 
     def verify(self, batch: Sequence[Item]) -> list[float | Abstain]:
         """The raw logit of each response, or an abstention where it does not fit."""
         inputs = [self.input_ids(item) for item in batch]
         fits = [i for i, ids in enumerate(inputs) if 0 < len(ids) <= self.max_tokens]
         scores = dict(zip(fits, self._logits([inputs[i] for i in fits]), strict=True))
+        self._account.update(requests=len(fits), tokens_read=sum(len(inputs[i]) for i in fits))
         return [scores[i] if i in scores else self._too_long(len(ids)) for i, ids in enumerate(inputs)]
 
     def _logits(self, inputs: Sequence[list[int]]) -> list[float]:
@@ -99,14 +104,20 @@ class RewardModel(ModelVerifier):
     def input_ids(self, item: Item) -> list[int]:
         """The reward model's own tokens of prompt and response."""
         tokenizer = self._tokenizer
+        special = tokenizer.all_special_tokens
         if self._spec.chat_template:
-            turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.response}]
+            said = [(role, break_tokens(text, special)) for role, text in item.conversation()]
+            turns = [{"role": role, "content": text} for role, text in said]
             text = tokenizer.apply_chat_template(turns, tokenize=False)
             return tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = tokenizer(item.prompt + item.response)["input_ids"]
+        ids = tokenizer(item.prompt + break_tokens(item.response, special))["input_ids"]
         if self._spec.append_eos and ids[-1:] != [tokenizer.eos_token_id]:
             ids = [*ids, tokenizer.eos_token_id]
         return ids
+
+    def account(self) -> dict[str, float]:
+        """Requests and tokens."""
+        return dict(self._account)
 
     def close(self) -> None:
         """Free the engine's memory."""

@@ -7,6 +7,7 @@ memory of all processes together beyond `processes * memory`, and what a program
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -31,6 +32,9 @@ _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
 }
 _FIRST_USER = 1_000_000_000  # far above any user of a machine
+_USERS = 700  # that one process gives its sandboxes, one after the other; for all of them there is room below 2^32
+_LARGEST_PID = 4_194_304
+_started = itertools.count()
 SETUP_S = 30.0  # longest time until the program runs
 
 
@@ -77,7 +81,7 @@ def run_python(files: Mapping[str, str], entry: str, given: bytes, limits: Limit
             "files": dict(files),
             "command": [interpreter, "-I", "-S", "-B", f"/scratch/{entry}"],
             "environment": _ENVIRONMENT,
-            "uid": _FIRST_USER + os.getpid() % 4_194_304,  # its processes are counted by user: one for each sandbox
+            "uid": _user(),
             "memory_bytes": limits.memory_bytes,
             "cpu_s": limits.cpu_s,
             "processes": limits.processes,
@@ -86,6 +90,11 @@ def run_python(files: Mapping[str, str], entry: str, given: bytes, limits: Limit
         return _run(interpreter, settings, given, limits, started_s)
     except OSError as error:
         raise SandboxError(f"{interpreter} could not be started: {error.strerror or error}") from None
+
+
+def _user() -> int:
+    """A user for one sandbox.  Processes are counted by user, and those of the sandbox before may still be dying."""
+    return _FIRST_USER + os.getpid() % _LARGEST_PID * _USERS + next(_started) % _USERS
 
 
 def _folders() -> list[str]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,17 @@ def test_chat_template_eos_and_a_lower_limit_beside_a_sampler(folder: Path, tmp_
     tokenizer = build_tokenizer(SHAPE)
     rendered = tokenizer("u:1+1=;a:2;")["input_ids"]
     assert chat.input_ids(item) == rendered
+    assert chat.input_ids(replace(item, prompt="u:1+1=;", turns=(("user", "1+1="),))) == rendered  # wrapped once
+    assert chat.account() == {}
     joined = [*tokenizer("1+1=2")["input_ids"], 1]
     assert ended.input_ids(item) == joined
     assert chat.verify([item]) == pytest.approx(by_transformers(folder, [rendered]), abs=1e-4)
     assert ended.verify([item]) == pytest.approx(by_transformers(folder, [joined]), abs=1e-4)
     assert isinstance(chat.verify(items((("1" * 9, "2"),)))[0], Abstain)
+    assert chat.account() == {"requests": 1, "tokens_read": len(rendered)}
+    end = tokenizer.eos_token
+    assert tokenizer.eos_token_id not in chat.input_ids(replace(item, response=f"2{end}3"))
+    assert tokenizer.eos_token_id not in ended.input_ids(replace(item, response=f"2{end}3"))[:-1]
     chat.close()
     ended.close()
     assert sampler.prompt_logprobs([[3, 4, 5, 6]]) == before

@@ -127,6 +127,10 @@ def test_the_chat_template_renders_text_and_messages(
     assert "<system>be brief\n<user>hi\n<assistant>hello\n<user>1+1?\n<assistant>" in found
     prompt = found["<system>be brief\n<user>question 3?\n<assistant>"]
     assert chat_tokenizer.decode(prompt.token_ids) == prompt.text
+    assert prompt.turns == (("user", "question 3?"),)
+    long = found["<system>be brief\n<user>hi\n<assistant>hello\n<user>1+1?\n<assistant>"]
+    assert long.turns == (("user", "hi"), ("assistant", "hello"), ("user", "1+1?"))
+    assert all(p.turns == () for p in everything(load(some(9))).values())
 
 
 def test_special_tokens_stand_once_and_no_end_stands_before_the_response(

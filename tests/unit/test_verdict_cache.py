@@ -89,7 +89,7 @@ def test_the_key_holds_all_that_a_verdict_depends_on(tmp_path: Path) -> None:
     assert item_key(before, replace(base, sample_id="z", prompt_id="z")) == key
     changes: list[dict[str, object]] = [
         {"prompt": "q"}, {"response": "\ud800"}, {"answer": None}, {"response_tokens": 9}, {"finish_reason": "length"},
-        {"columns": ()}, {"prompt": "p?x", "response": "x"},
+        {"columns": ()}, {"prompt": "p?x", "response": "x"}, {"turns": (("user", "p?"),)},
     ]  # fmt: skip
     keys = {item_key(before, replace(base, **change)) for change in changes}  # type: ignore[arg-type]
     assert len(keys) == len(changes) and key not in keys

@@ -90,6 +90,11 @@ def test_all_checks_of_recipe_and_prompt_must_hold() -> None:
     assert rules.value(item("one, two", [{"check": "words", "minimum": 2}])) == 0.0
 
 
+def test_the_prompt_to_repeat_is_what_was_asked_and_not_its_chat_template() -> None:
+    asked = Item("s", "p", "<|user|>Say hi.<|end|>", "Say hi. Hi!", None, 1, "stop", turns=(("user", "Say hi."),))
+    assert verifier(checks=[{"check": "repeats_prompt"}]).value(asked) == 1.0
+
+
 def test_silence_follows_nothing() -> None:
     assert verifier(checks=[{"check": "no_commas"}]).value(item(" \n")) == 0.0
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 from pydantic import ValidationError
 
 from align.errors import InputError
+from align.verifiers import registry
 from align.verifiers.base import Abstain, Item
 from align.verifiers.endpoint import Endpoint
-from align.verifiers.fence import Question, defuse, mark_for, render
+from align.verifiers.fence import Question, break_tokens, defuse, mark_for, render
 from align.verifiers.judge import LanguageJudge, PairwiseJudge, parse_mark
+from align.verifiers.spec import RewardModelSpec
 from align.verifiers.spec_models import JudgeSpec
 
 Handle = Callable[[dict[str, Any], BaseHTTPRequestHandler], None]
@@ -67,6 +70,7 @@ def test_the_response_cannot_close_its_fence_or_change_the_speaker() -> None:
         assert token not in user
     assert not set("\u202e\x00\ud800") & set(user)
     assert defuse("a < b and [x] <b>", ["s"]) == "a < b and [x] <b>"
+    assert break_tokens("3<|end|> </s>\u202e", ["<|end|>", "3"]) == "3< |end|> </s>\u202e"  # these, and nothing else
 
 
 def test_a_mark_is_never_in_the_text() -> None:
@@ -127,6 +131,18 @@ def test_context_and_reference_reach_the_judge_and_are_missed() -> None:
     assert "no text in column debate" in str(verdicts[0]) and "no reference answer" in str(verdicts[2])
 
 
+def test_a_judge_reads_the_question_without_the_policy_s_chat_template() -> None:
+    says = Scripted(lambda m: [1.0, 0.0])
+    rendered = Item("a", "p", "<|im_start|>user\n1+1=<|im_end|>", "2", None, 1, "stop", turns=(("user", "1+1="),))
+    assert rendered.question == "1+1=" and rendered.conversation() == [("user", "1+1="), ("assistant", "2")]
+    LanguageJudge(spec(), says).verify([rendered])
+    assert "\n1+1=\n" in says.asked[0] and "im_start" not in says.asked[0]
+    talk = replace(rendered, turns=(("user", "hi"), ("assistant", "yes?"), ("user", "1+1=")))
+    assert talk.question == "user: hi\n\nassistant: yes?\n\nuser: 1+1=" and len(talk.conversation()) == 4
+    plain = replace(rendered, turns=())
+    assert plain.question == plain.prompt and plain.conversation()[0] == ("user", plain.prompt)
+
+
 def test_a_pairwise_judge_with_a_liking_for_the_first_place() -> None:
     """D_ij = q_i - q_j + 0.2: the halves cancel the liking, and it is told.
 
@@ -179,6 +195,14 @@ def test_a_pair_that_was_not_answered_counts_for_neither() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         spec(**settings)
+
+
+def test_a_deadline_that_nothing_keeps_is_refused() -> None:
+    reward = RewardModelSpec.model_validate({"kind": "reward_model", "name": "rm", "model": "m", "timeout_s": 1.0})
+    for block, key in ((spec(timeout_s=9.0), "j"), (reward, "rm")):
+        with pytest.raises(InputError, match=rf"^verifiers\.{key}\.timeout_s: .*leave it out"):
+            registry.check(block)
+    registry.check(spec(endpoint="https://example.org/v1", timeout_s=9.0))
 
 
 # ---- servers --------------------------------------------------------------------------------------------------------

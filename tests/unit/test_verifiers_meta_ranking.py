@@ -61,6 +61,13 @@ def test_the_four_cases_by_hand() -> None:
     assert value([Reference("r", "3", True), Reference("r", "7", False)]) == 0.0
 
 
+def test_a_reference_to_its_own_prompt_is_found_behind_the_chat_template() -> None:
+    rendered = Item("i", "p", "<user>q<end>", "5", None, 1, "stop", turns=(("user", "q"),))
+    found = MetaRanking(spec(), Comparator(lambda a, b: [1.0, 0.0, 0.0]), [Reference("q", "3", True)])
+    (none,) = found.verify([rendered])
+    assert isinstance(none, Abstain) and "own prompt" in str(none)
+
+
 def test_a_liking_for_pair_a_cancels() -> None:
     found = MetaRanking(spec(weak=1.0), Comparator(lambda a, b: [0.9, 0.0, 0.1]), [Reference("r", "3", True)])
     assert found.verify([item("5")]) == pytest.approx([0.0])

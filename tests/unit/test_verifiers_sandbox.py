@@ -79,7 +79,7 @@ open("mine", "w").write("x")
 
 @needs_sandbox
 def test_its_input_lies_on_the_machine_and_cannot_be_written() -> None:
-    program = "import os, sys\nprint(sys.stdin.read())\ntry: os.write(0, b'x'); print('wrote')\nexcept OSError: print('no')"
+    program = "import os\nprint(input())\ntry: os.write(0, b'x'); print('wrote')\nexcept OSError: print('no')"
     outcome = run_python({"main.py": program}, "main.py", b"given", Limits())
     assert outcome.output == b"given\nno\n"
 
@@ -131,6 +131,12 @@ os._exit(0)
     assert int(said(counted)) == 3  # with itself four
     time.sleep(0.1)
     assert not left_behind()
+
+
+def test_every_sandbox_has_a_user_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len({sandbox._user() for _ in range(50)}) == 50
+    monkeypatch.setattr(os, "getpid", lambda: 4_194_303)  # the largest that Linux gives
+    assert all(10**9 <= sandbox._user() < 2**32 - 2 for _ in range(1000))
 
 
 def left_behind() -> list[str]:

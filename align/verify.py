@@ -6,7 +6,7 @@ called `true`, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,17 @@ SHOWN_PAIRS = 20
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a verifier cost here.
+
+    Example: Cost(seconds=3.2, counted={"requests": 40.0, "tokens_read": 9120.0})
+    """
+
+    seconds: float
+    counted: Mapping[str, float]  # by the verifier itself: requests, tokens, retries; empty where it counts nothing
+
+
+@dataclass(frozen=True)
 class Subject:
     """What is to be verified, wherever it came from.
 
@@ -42,7 +53,7 @@ class Subject:
     gold: np.ndarray  # [N] 1, 0 or NaN
     table: VerdictTable
     allowed: np.ndarray  # [N] gold that may be shown to the ensemble
-    seconds: Sequence[float] | None = None  # [M] that each verifier took; None where it was not asked here
+    costs: Sequence[Cost] = ()  # [M]; empty where no verifier was asked here
     notes: tuple[str, ...] = ()
 
 
@@ -120,8 +131,9 @@ def _report(
     correlation = error_correlation(binarise(table, combined.class_balance), combined.p_good)
     true = true_report(table, combined, gold, seen)
     rows = verifier_rows(table, combined)
-    for row, seconds in zip(rows, subject.seconds or (), strict=False):
-        row["seconds_per_1000"] = 1000.0 * seconds / max(len(table.values), 1)
+    for row, cost in zip(rows, subject.costs, strict=False):
+        row["seconds_per_1000"] = 1000.0 * cost.seconds / max(len(table.values), 1)
+        row["counted"] = dict(cost.counted)
     report = {
         "input": {
             **subject.facts,

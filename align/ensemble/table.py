@@ -97,5 +97,10 @@ def from_records(samples: Sequence[Sample], verdicts: Sequence[Verdict], specs: 
         failures=tuple(dict(counter) for counter in failures),
         whole_prompts=tuple(sees_whole_prompts(spec) for spec in specs),
         ids=tuple(row),
-        answers=tuple(last_boxed(sample.text) or last_number(sample.text) or "" for sample in samples),
+        answers=tuple(final_answer(sample.text) for sample in samples),
     )
+
+
+def final_answer(response: str) -> str:
+    """What stands in its last box, else its last number, else nothing."""
+    return last_boxed(response) or last_number(response) or ""

@@ -126,6 +126,10 @@ def _verifier_lines(report: Mapping[str, Any]) -> list[str]:
         lines.append(line)
     if len(rows) > SHOWN_VERIFIERS:
         lines.append(f"… and {len(rows) - SHOWN_VERIFIERS} more in {REPORT}")
+    for row in rows[:SHOWN_VERIFIERS]:
+        if row.get("counted"):
+            told = ", ".join(f"{count:,g} {name.replace('_', ' ')}" for name, count in sorted(row["counted"].items()))
+            lines += _folded(f"{row['name']} counted {told}")
     return lines
 
 

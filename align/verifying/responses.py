@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from align.ensemble.table import VerdictTable
+from align.ensemble.table import VerdictTable, final_answer
 from align.errors import InputError
 from align.prompt_sources import Row, RowErrors, iterate_rows, text_of
 from align.prompts import columns_of
@@ -30,7 +30,7 @@ from align.verifiers import registry
 from align.verifiers.base import Item
 from align.verifiers.runner import MOST_REASONS, OTHER_REASONS, VerifierPool
 from align.verifiers.spec import LengthSpec, VerifierSpec
-from align.verify import Subject, all_faults, finish
+from align.verify import Cost, Subject, all_faults, finish
 from align.verifying.labels import check_count
 from align.verifying.output import check_output
 
@@ -97,7 +97,7 @@ def verify_responses(recipe: Recipe, path: Path, labels: int | None, out: Path, 
     if labels is not None:
         allowed, notes = without_evaluation(recipe, path, columns, facts, allowed)
     check_count(labels, int(allowed.sum()), str(path))
-    table, seconds = judge(recipe, recipe.verifiers, path, columns, facts)
+    table, costs = judge(recipe, recipe.verifiers, path, columns, facts)
     names = list(facts.prompts)
     subject = Subject(
         facts={"file": str(path), "sha256": hash_file(path.resolve()).sha256, "recipe": recipe.name, "gold_from": by},
@@ -106,7 +106,7 @@ def verify_responses(recipe: Recipe, path: Path, labels: int | None, out: Path, 
         gold=gold,
         table=table,
         allowed=allowed,
-        seconds=seconds,
+        costs=costs,
         notes=notes,
     )
     return finish(subject, recipe.ensemble, labels, out, plot=True)
@@ -251,18 +251,21 @@ def _gold(recipe: Recipe, path: Path, columns: Columns, facts: Facts) -> tuple[n
         return np.array(facts.gold), f"column {columns.gold}"
     if spec is None or registry.kind_of(spec) != "binary":
         return np.array(facts.gold), None
+    registry.check(spec, "evaluation.gold")
     table, _ = judge(recipe, (spec,), path, columns, facts)
     return table.values[:, 0].copy(), f"verifier {spec.name}"
 
 
 def judge(
     recipe: Recipe, specs: Sequence[VerifierSpec], path: Path, columns: Columns, facts: Facts
-) -> tuple[VerdictTable, list[float]]:
-    """What each of `specs` says of every response, and the seconds each took."""
+) -> tuple[VerdictTable, list[Cost]]:
+    """What each of `specs` says of every response, and what each cost."""
     column = {spec.name: j for j, spec in enumerate(specs)}
     values = np.full((len(facts.items), len(specs)), np.nan)
     failures: list[Counter[str]] = [Counter() for _ in specs]
     seconds = [0.0] * len(specs)
+    counted: Mapping[str, Mapping[str, float]] = {}
+    answers: list[str] = [""] * len(facts.items) if recipe.ensemble.clusters > 1 else []
     models: dict[str, Any] = {}
 
     def take(verdict: Verdict) -> None:
@@ -282,6 +285,9 @@ def judge(
             for chunk in _chunks(path, columns, facts, _token_counter(recipe, specs)):
                 for verdict in pool.verify(chunk):
                     take(verdict)
+                for item in chunk if answers else ():
+                    answers[int(item.sample_id)] = final_answer(item.response)
+            counted = pool.costs()
     finally:
         for model in models.values():
             model.close()
@@ -293,8 +299,9 @@ def judge(
         prompts=np.array(facts.groups, dtype=np.int64),
         failures=tuple(dict(counter) for counter in failures),
         whole_prompts=tuple(registry.sees_whole_prompts(spec) for spec in specs),
+        answers=tuple(answers),
     )
-    return table, seconds
+    return table, [Cost(seconds[j], counted.get(name, {})) for name, j in column.items()]
 
 
 def _model(recipe: Recipe, spec: VerifierSpec) -> Any:

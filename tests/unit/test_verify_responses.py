@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 from align.errors import InputError
 from align.recipe import Recipe
 from align.verifiers.arithmetic import Arithmetic
-from align.verifiers.base import Item
+from align.verifiers.base import Abstain, Item, ModelVerifier
 from align.verifying import responses as module
 from align.verifying.rates import resampling_lines
 from align.verifying.responses import verify_responses
@@ -165,6 +165,47 @@ def test_bad_rows_are_told_together(recipe: Recipe, tmp_path: Path) -> None:
         "5: item: 'd' stands there already; give each row its own name",
         "--column NAME=COLUMN says which column holds the prompt, response, answer, gold or item",
     ]
+
+
+class Counting(ModelVerifier):
+    """Stands for a model in this process: three tokens a response."""
+
+    kind = "score"
+    read = 0
+
+    def verify(self, batch: Sequence[Item]) -> list[float | Abstain]:
+        self.read += 3 * len(batch)
+        return [float(len(item.response)) for item in batch]
+
+    def account(self) -> dict[str, float]:
+        return {"requests": self.read / 3, "tokens_read": float(self.read)}
+
+    def close(self) -> None:
+        pass
+
+
+def test_seconds_and_tokens_are_reported(
+    load: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_model", lambda recipe, spec: Counting(spec.name))
+    monkeypatch.setattr(module, "CHUNK_ITEMS", 8)
+    monkeypatch.setattr(module.registry, "check", lambda spec, where: ())
+    recipe = load(RECIPE + "  - {kind: classifier, name: guard, model: m, label: safe}\n")
+    lines = verify_responses(recipe, write(tmp_path / "r.jsonl", rows()), None, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verifiers"][-1]["counted"] == {"requests": 40, "tokens_read": 120}
+    assert report["verifiers"][0]["counted"] == {} and report["verifiers"][0]["seconds_per_1000"] > 0
+    assert "guard counted 40 requests, 120 tokens read" in lines
+
+
+def test_prompts_are_clustered_by_their_answers_here_too(load: Callable[..., Recipe], tmp_path: Path) -> None:
+    content = [row | {"response": "7"} if str(row["prompt"]) < "5" else row for row in rows()]  # one answer, or three
+    path, found = write(tmp_path / "r.jsonl", content), []
+    for clusters in (1, 2):
+        recipe = load(RECIPE + f"ensemble: {{method: weaver, clusters: {clusters}}}\n")
+        verify_responses(recipe, path, None, tmp_path / f"out{clusters}")
+        found.append(json.loads((tmp_path / f"out{clusters}" / "report.json").read_text())["diagnostics"]["clusters"])
+    assert found == [1, 2]
 
 
 def test_a_verifier_that_breaks_costs_its_own_verdicts_only(recipe: Recipe, tmp_path: Path) -> None:

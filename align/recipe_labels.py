@@ -1,4 +1,4 @@
-"""Labels that the ensemble may see: their block of the recipe, and what does not go together with them.
+"""Labels that the ensemble may see: their block of the recipe; and what does not go together in `ensemble`.
 
 Only pydantic is imported here.
 """
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from align.recipe import Recipe
 
 
+READ_BY = {"covariance_shrinkage": "gaussian_full", "ridge": "logistic", "clusters": "weaver"}
+"""Settings of `ensemble` that one method reads and no other."""
+
+
 class Labels(Block):
     """Responses of which it is known whether they are good: they choose the label model and calibrate it."""
 
@@ -27,7 +31,10 @@ class Labels(Block):
 def label_faults(recipe: Recipe) -> list[str]:
     """One line per contradiction, each beginning with the key."""
     labels, gold = recipe.ensemble.labels, recipe.evaluation.gold
-    wrong = []
+    block, wrong = recipe.ensemble, []
+    for key, method in READ_BY.items():
+        if getattr(block, key) != type(block).model_fields[key].default and block.method != method:
+            wrong.append(f"ensemble.{key}: is read by `method: {method}` only, not by {block.method}; take it out")
     if labels.prompts and gold is None:
         wrong.append("ensemble.labels.prompts: there is no evaluation.gold whose verdicts could be seen; name one")
     elif labels.prompts and gold is not None and gold.output != "binary":

@@ -98,6 +98,18 @@ def test_a_recipe_that_has_no_gold_to_show_is_refused(tmp_path: Path) -> None:
         make(tmp_path, prompts=21)
 
 
+@pytest.mark.parametrize(
+    ("setting", "method"), [("ridge", "logistic"), ("clusters", "weaver"), ("covariance_shrinkage", "gaussian_full")]
+)
+def test_a_setting_that_the_method_does_not_read_is_refused(tmp_path: Path, setting: str, method: str) -> None:
+    block = make(tmp_path, prompts=3).model_dump()
+    block["ensemble"][setting] = 3 if setting == "clusters" else 1.0
+    with pytest.raises(ValueError, match=rf"ensemble\.{setting}: is read by `method: {method}` only, not by auto"):
+        Recipe.model_validate(block)
+    block["ensemble"]["method"] = method
+    assert Recipe.model_validate(block).ensemble.method == method
+
+
 def test_too_few_labels_or_one_class_is_told() -> None:
     assert "no response" in label_warnings(0, 0)[0]
     assert "the only label says good" in label_warnings(1, 1)[0]

@@ -186,6 +186,8 @@ def _combine(run: Run, round_index: int, accounts: Sequence[Mapping[str, Mapping
             "method": combined.method,
             "why": combined.why,
             "warnings": list(combined.warnings),
+            "class_balance": combined.class_balance,
+            "diagnostics": dict(combined.diagnostics),
             "counts": counts,
             "labels": None if known is None else dict(known.report),
             "verifiers": verifier_rows(combined.estimates, verdicts, accounts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Self
@@ -10,12 +11,15 @@ from align.verifiers.base import Abstain, Item, Verifier
 from align.verifiers.extract import extract_answer
 from align.verifiers.spec import SelfConsistencySpec
 
+_NUMBER = re.compile(r"(?P<sign>[-+]?)(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?:\.(?P<share>\d+))?(?<=\d)", re.ASCII)
+
 
 class SelfConsistency(Verifier):
     """Share of the prompt's other responses with the same extracted answer, in [0, 1].
 
-    For response i of G: (number of j != i with the same answer) / (G - 1).  A response without an answer agrees with
-    nobody and gets 0, and counts among the others.
+    For response i of G: (number of j != i with the same answer) / (G - 1).  Numbers that are equal are the same answer
+    however they are written (5 and 5.0, 1,234 and 1234), other answers where they differ by white space only.  A response
+    without an answer agrees with nobody and gets 0, and counts among the others.
     """
 
     kind = "score"
@@ -31,7 +35,7 @@ class SelfConsistency(Verifier):
 
     def verify(self, batch: Sequence[Item]) -> list[float | Abstain]:
         """Abstains on a prompt's only response."""
-        answers = [extract_answer(item.response, self._how) for item in batch]
+        answers = [plain(extract_answer(item.response, self._how)) for item in batch]
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         sizes = Counter(item.prompt_id for item in batch)
         for item, answer in zip(batch, answers, strict=True):
@@ -46,3 +50,19 @@ class SelfConsistency(Verifier):
                 same = counts[item.prompt_id][answer] - 1 if answer is not None else 0
                 verdicts.append(same / others)
         return verdicts
+
+
+def plain(answer: str | None) -> str | None:
+    r"""One way of writing for all that are the same answer.
+
+    Example: plain("5.0") == plain("5") == "5"; plain(r"\frac{1}{2} \pi") == r"\frac{1}{2}\pi"
+    """
+    if answer is None:
+        return None
+    text = "".join(answer.split())
+    number = _NUMBER.fullmatch(text)
+    if number is None:
+        return text
+    whole, share = number["whole"].replace(",", "") or "0", (number["share"] or "").rstrip("0")
+    size = f"{whole}.{share}" if share else whole
+    return f"-{size}" if number["sign"] == "-" and size != "0" else size

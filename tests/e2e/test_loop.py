@@ -39,6 +39,8 @@ def test_summary_tells_the_whole_run(finished: Path) -> None:
             assert metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
     assert summary["evaluation"]["before"]["kl"]["value"] == pytest.approx(0.0, abs=1e-6)
     assert summary["evaluation"]["after"]["kl"]["value"] > 0.0
+    told = summary["ensemble"][0]
+    assert told["diagnostics"]["balance_low"] <= told["class_balance"] <= told["diagnostics"]["balance_high"]
     assert set(summary["verifiers"]) == {"nines", "parity", "last_digit", "frequency"}
     assert summary["tokens"]["sampled"] > 0 and summary["tokens"]["trained"] > 0
     assert all(report["mean_abs_difference"] < 1e-4 for report in summary["sync"])

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from align.verifiers import registry, spec
 from align.verifiers.answers import Answer
 from align.verifiers.base import Abstain, Item, clean, describe_error
-from align.verifiers.consistency import SelfConsistency
+from align.verifiers.consistency import SelfConsistency, plain
 from align.verifiers.noise import Noise
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared/data/gsm8k/example_model_solutions_first660.jsonl.gz"
@@ -110,6 +110,24 @@ def test_self_consistency_leaves_the_response_itself_out() -> None:
     assert consistency(["5", "so 5", "6", "none"], ["p"] * 4) == [1 / 3, 1 / 3, 0.0, 0.0]
     assert consistency(["none", "nil"], ["p"] * 2) == [0.0, 0.0]  # having no answer is no agreement
     assert consistency(["5", "7", "5", "7"], ["p", "q", "p", "q"]) == [1.0] * 4  # prompts may be interleaved
+
+
+def test_self_consistency_merges_answers_that_are_the_same_number() -> None:
+    assert consistency(["5", "5.0", "5.00", "6"], ["p"] * 4) == [2 / 3, 2 / 3, 2 / 3, 0.0]
+    same = [("1,234.50", "1234.5"), ("-0.0", "0"), (".5", "0.50"), ("+7", "7"), ("\\frac{1}{2} x", "\\frac{1}{2}x")]
+    assert all(plain(a) == plain(b) for a, b in same)
+    apart = (
+        ("1,2", "12"),
+        ("-1", "1"),
+        ("1.05", "1.5"),
+        ("10", "1"),
+        ("1/2", "0.5"),
+        ("ab", "AB"),
+        ("05", "5"),
+        ("1e3", "1000"),
+    )
+    assert all(plain(a) != plain(b) for a, b in apart)
+    assert plain(None) is None and plain(".") == "." and plain("9" * 5000) == "9" * 5000
 
 
 def test_self_consistency_abstains_on_a_single_response() -> None:

@@ -17,9 +17,9 @@ _NUMBER = re.compile(r"(?P<sign>[-+]?)(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?:\.(?P<
 class SelfConsistency(Verifier):
     """Share of the prompt's other responses with the same extracted answer, in [0, 1].
 
-    For response i of G: (number of j != i with the same answer) / (G - 1).  Numbers that are equal are the same answer
-    however they are written (5 and 5.0, 1,234 and 1234), other answers where they differ by white space only.  A response
-    without an answer agrees with nobody and gets 0, and counts among the others.
+    For response i of G: (number of j != i with the same answer) / (G - 1).  5 and 5.0, 1,234 and 1234 are the same
+    answer, and so are others that differ by white space only.  A response without an answer agrees with nobody and gets
+    0, and counts among the others.
     """
 
     kind = "score"

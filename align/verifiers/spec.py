@@ -162,8 +162,8 @@ class RewardModelSpec(VerifierBlock):
     revision: str | None = None
     """Commit of a hub model."""
     chat_template: bool = False
-    """Render the question and the response with the reward model's own chat template; otherwise the prompt as the policy
-    gets it and the response are joined."""
+    """Render question and response with the reward model's own chat template; otherwise the prompt, as the policy gets
+    it, and the response are joined."""
     append_eos: bool = False
     """End a joined input with the reward model's end-of-sequence token, as TRL does in training; not for a template."""
     max_tokens: int | None = None

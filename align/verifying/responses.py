@@ -282,7 +282,7 @@ def judge(
             if spec.kind in registry.IN_PROCESS:
                 models[spec.name] = _model(recipe, spec)
         with VerifierPool(specs, seed=recipe.seed, in_process=models) as pool:
-            for chunk in _chunks(path, columns, facts, _token_counter(recipe, specs)):
+            for chunk in _chunks(path, columns, facts, _token_counter(recipe, specs), _template(recipe)):
                 for verdict in pool.verify(chunk):
                     take(verdict)
                 for item in chunk if answers else ():
@@ -328,7 +328,19 @@ def _token_counter(recipe: Recipe, specs: Sequence[VerifierSpec]) -> Callable[[s
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _chunks(path: Path, columns: Columns, facts: Facts, tokens: Callable[[str], int]) -> Iterator[list[Item]]:
+def _template(recipe: Recipe) -> Callable[[str], str] | None:
+    """From a question to the prompt that the policy gets, where the recipe renders it by a chat template."""
+    if not recipe.prompts.chat_template:
+        return None
+    from align import prompts as sources
+
+    tokenizer = load_tokenizer(recipe)
+    return lambda text: sources.render([sources.Item("RESPONSES", text, None, None)], recipe.prompts, tokenizer)[0]
+
+
+def _chunks(
+    path: Path, columns: Columns, facts: Facts, tokens: Callable[[str], int], template: Callable[[str], str] | None
+) -> Iterator[list[Item]]:
     """Whole prompts, about `CHUNK_ITEMS` responses at a time; a prompt is complete at its last row."""
     ids = list(facts.prompts)
     waiting: dict[int, list[Item]] = {}
@@ -338,12 +350,13 @@ def _chunks(path: Path, columns: Columns, facts: Facts, tokens: Callable[[str], 
         item = Item(
             sample_id=str(number),
             prompt_id=ids[group],
-            prompt=line.prompt,
+            prompt=line.prompt if template is None else template(line.prompt),
             response=line.response,
             answer=line.answer,
             response_tokens=tokens(line.response),
             finish_reason="stop",
             columns=line.columns,
+            turns=() if template is None else (("user", line.prompt),),
         )
         waiting.setdefault(group, []).append(item)
         if number == facts.last[group]:

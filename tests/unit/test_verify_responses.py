@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from align.errors import InputError
-from align.recipe import Recipe
+from align.recipe import Recipe, Scratch
+from align.training.scratch import build_tokenizer
 from align.verifiers.arithmetic import Arithmetic
 from align.verifiers.base import Abstain, Item, ModelVerifier
 from align.verifying import responses as module
@@ -196,6 +197,34 @@ def test_seconds_and_tokens_are_reported(
     assert report["verifiers"][-1]["counted"] == {"requests": 40, "tokens_read": 120}
     assert report["verifiers"][0]["counted"] == {} and report["verifiers"][0]["seconds_per_1000"] > 0
     assert "guard counted 40 requests, 120 tokens read" in lines
+
+
+def test_verifiers_see_what_they_see_in_the_loop_of_a_chat_model(
+    load: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Item] = []
+
+    class Seeing(Counting):
+        def verify(self, batch: Sequence[Item]) -> list[float | Abstain]:
+            seen.extend(batch)
+            return super().verify(batch)
+
+    tokenizer = build_tokenizer(Scratch())
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+    monkeypatch.setattr(module, "load_tokenizer", lambda recipe: tokenizer)
+    monkeypatch.setattr(module, "_model", lambda recipe, spec: Seeing(spec.name))
+    monkeypatch.setattr(module.registry, "check", lambda spec, where: ())
+    prompts = f"prompts: {{source: '{write(tmp_path / 'p.jsonl', rows())}', chat_template: true}}"
+    text = RECIPE.replace(RECIPE.splitlines()[5], prompts).replace("cold_start: {}\n", "")
+    text = (
+        text.replace(RECIPE.splitlines()[2], "policy: {model: m}")
+        + "  - {kind: classifier, name: g, model: m, label: s}\n"
+    )
+    verify_responses(load(text), write(tmp_path / "r.jsonl", rows()), None, tmp_path / "out")
+    assert seen[0].prompt == "<user>0+3=<assistant>" and seen[0].question == "0+3="
+    assert (
+        json.loads((tmp_path / "out" / "report.json").read_text())["verifiers"][0]["coverage"] == 1.0
+    )  # nines reads it
 
 
 def test_prompts_are_clustered_by_their_answers_here_too(load: Callable[..., Recipe], tmp_path: Path) -> None:

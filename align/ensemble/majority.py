@@ -16,6 +16,7 @@ from align.ensemble.table import VerdictTable
 class Majority:
     """P(good) = (yes votes + pseudo/2) / (votes + pseudo): above one half where most say yes, one half at a tie.
 
+    Heads are counted: a family has as many votes as members, which is what the other methods are compared with.
     A score verifier votes yes for the top share `balance` of the round, or for the better half.
     """
 

@@ -24,17 +24,15 @@ class Mean:
     balance: float | None = None
 
     def fit(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
-        values = normalise(table)
-        return fit_shared(table, values, self.pseudo, self.balance)
+        return fit_shared(table, voices(table, normalise(table)), self.pseudo, self.balance)
 
 
 def fit_shared(table: VerdictTable, values: np.ndarray, pseudo: float, balance: float | None) -> Fit:
-    """The fit of a model that gives each lone verifier and each family the same say; values [N, M] are by verifier.
+    """The fit of a model that gives each of the values [N, voters] the same say.
 
     The rates are agreement with the ensemble, a verifier's own vote included: kind to the verifier.
     """
-    said = voices(table, values)
-    p_good = shrink(row_mean(said), (~np.isnan(said)).sum(axis=1), pseudo)
+    p_good = shrink(row_mean(values), (~np.isnan(values)).sum(axis=1), pseudo)
     if balance is not None:
         p_good = match_balance(p_good, balance)
     share = float(np.nanmean(p_good)) if not np.isnan(p_good).all() else 0.5

@@ -99,12 +99,13 @@ def test_auto_is_the_mean_and_says_why() -> None:
 # ---- families ------------------------------------------------------------------------------------------------------
 
 
-def test_a_family_is_one_voter_of_the_mean_and_the_majority() -> None:
+def test_a_family_is_one_voter_of_the_mean_and_the_majority_counts_heads() -> None:
     table = table_of([[1, 0, 0, 0], [1, 0, 0, 1], [NAN, NAN, NAN, 1]], families=("", "f", "f", "f"))
-    np.testing.assert_allclose(combine(table, Ensemble(method="mean")).p_good, [2 / 4, (1 + 1 / 3 + 1) / 4, 2 / 3])
+    mean = combine(table, Ensemble(method="mean"))
+    np.testing.assert_allclose(mean.p_good, [2 / 4, (1 + 1 / 3 + 1) / 4, 2 / 3])
+    assert len(mean.estimates) == 4
     majority = combine(table, Ensemble(method="majority", prior_strength=0.0))
-    np.testing.assert_allclose(majority.p_good, [1 / 2, 2 / 3, 1])
-    assert len(majority.estimates) == 4
+    np.testing.assert_allclose(majority.p_good, [1 / 4, 2 / 4, 1])
 
 
 def test_a_pooled_family_of_votes_says_what_most_of_it_says_and_one_of_scores_its_mean() -> None:

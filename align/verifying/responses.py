@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 
 from align.ensemble.table import VerdictTable, final_answer
 from align.errors import InputError
+from align.progress import say
 from align.prompt_sources import Row, RowErrors, iterate_rows, text_of
 from align.prompts import columns_of
 from align.recipe import Recipe
@@ -28,6 +30,7 @@ from align.records import Verdict, content_id
 from align.storage.durable import hash_file
 from align.verifiers import registry
 from align.verifiers.base import Item
+from align.verifiers.cache import VerdictCache, open_cache
 from align.verifiers.runner import MOST_REASONS, OTHER_REASONS, VerifierPool
 from align.verifiers.spec import LengthSpec, VerifierSpec
 from align.verify import Cost, Subject, all_faults, finish
@@ -263,16 +266,19 @@ def judge(
     column = {spec.name: j for j, spec in enumerate(specs)}
     values = np.full((len(facts.items), len(specs)), np.nan)
     failures: list[Counter[str]] = [Counter() for _ in specs]
-    seconds = [0.0] * len(specs)
+    seconds, remembered = [0.0] * len(specs), [0] * len(specs)
     counted: Mapping[str, Mapping[str, float]] = {}
     answers: list[str] = [""] * len(facts.items) if recipe.ensemble.clusters > 1 else []
     models: dict[str, Any] = {}
+    cache = _cache(recipe, specs)
+    stage = f"verify {uuid4()}"  # of this command alone: what an earlier one was told counts as known
 
     def take(verdict: Verdict) -> None:
         j = column[verdict.verifier]
         seconds[j] += verdict.seconds
         if verdict.value is not None:
             values[int(verdict.sample_id), j] = verdict.value
+            remembered[j] += cache is not None and verdict.seconds == 0.0
             return
         reason = verdict.reason or "no reason given"
         failures[j][reason if reason in failures[j] or len(failures[j]) < MOST_REASONS else OTHER_REASONS] += 1
@@ -281,9 +287,9 @@ def judge(
         for spec in specs:
             if spec.kind in registry.IN_PROCESS:
                 models[spec.name] = _model(recipe, spec)
-        with VerifierPool(specs, seed=recipe.seed, in_process=models) as pool:
+        with VerifierPool(specs, seed=recipe.seed, in_process=models, cache=cache) as pool:
             for chunk in _chunks(path, columns, facts, _token_counter(recipe, specs), _template(recipe)):
-                for verdict in pool.verify(chunk):
+                for verdict in pool.verify(chunk, stage):
                     take(verdict)
                 for item in chunk if answers else ():
                     answers[int(item.sample_id)] = final_answer(item.response)
@@ -291,6 +297,8 @@ def judge(
     finally:
         for model in models.values():
             model.close()
+        if cache is not None:
+            cache.close()
     table = VerdictTable(
         values=values,
         names=tuple(column),
@@ -301,7 +309,16 @@ def judge(
         whole_prompts=tuple(registry.sees_whole_prompts(spec) for spec in specs),
         answers=tuple(answers),
     )
-    return table, [Cost(seconds[j], counted.get(name, {})) for name, j in column.items()]
+    known = [{"remembered": float(count)} if count else {} for count in remembered]
+    return table, [Cost(seconds[j], {**counted.get(name, {}), **known[j]}) for name, j in column.items()]
+
+
+def _cache(recipe: Recipe, specs: Sequence[VerifierSpec]) -> VerdictCache | None:
+    """What slow verifiers said before, here and in the runs of the same directory; None where nothing is remembered."""
+    if not recipe.verdict_cache:
+        return None
+    directory = Path(recipe.output_dir)
+    return open_cache(specs, directory, recipe.policy.dtype, lambda: _policy_dir(recipe, "verdict_cache"), say)
 
 
 def _model(recipe: Recipe, spec: VerifierSpec) -> Any:
@@ -309,15 +326,18 @@ def _model(recipe: Recipe, spec: VerifierSpec) -> Any:
     from align.launcher import apply_environment, loopback_environment, rank_environment
 
     apply_environment({**rank_environment(1), **loopback_environment()})
-    from align.model_files import resolve_model
     from align.verifiers import in_process
 
-    def policy_dir() -> Path:
-        if recipe.policy.model is None:
-            raise InputError(f"verifiers.{spec.name}.model: the policy is made by the run; name a model here")
-        return resolve_model(recipe.policy.model, recipe.policy.revision)
+    return in_process.build(spec, recipe.policy.dtype, lambda: _policy_dir(recipe, f"verifiers.{spec.name}.model"))
 
-    return in_process.build(spec, recipe.policy.dtype, policy_dir)
+
+def _policy_dir(recipe: Recipe, where: str) -> Path:
+    """The policy before training; refuses a recipe whose run makes it."""
+    from align.model_files import resolve_model
+
+    if recipe.policy.model is None:
+        raise InputError(f"{where}: the policy is made by the run; name a model for the verifier that reads it")
+    return resolve_model(recipe.policy.model, recipe.policy.revision)
 
 
 def _token_counter(recipe: Recipe, specs: Sequence[VerifierSpec]) -> Callable[[str], int]:

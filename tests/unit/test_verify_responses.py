@@ -191,12 +191,25 @@ def test_seconds_and_tokens_are_reported(
     monkeypatch.setattr(module, "_model", lambda recipe, spec: Counting(spec.name))
     monkeypatch.setattr(module, "CHUNK_ITEMS", 8)
     monkeypatch.setattr(module.registry, "check", lambda spec, where: ())
-    recipe = load(RECIPE + "  - {kind: classifier, name: guard, model: m, label: safe}\n")
+    recipe = load(RECIPE + "  - {kind: classifier, name: guard, model: m, label: safe}\nverdict_cache: false\n")
     lines = verify_responses(recipe, write(tmp_path / "r.jsonl", rows()), None, tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["verifiers"][-1]["counted"] == {"requests": 40, "tokens_read": 120}
     assert report["verifiers"][0]["counted"] == {} and report["verifiers"][0]["seconds_per_1000"] > 0
     assert "guard counted 40 requests, 120 tokens read" in lines
+
+
+def test_slow_verdicts_are_remembered_from_command_to_command(load: Callable[..., Recipe], tmp_path: Path) -> None:
+    path, found = write(tmp_path / "r.jsonl", rows()), []
+    for number, more in enumerate(("", "", "verdict_cache: false\n")):
+        out = tmp_path / f"out{number}"
+        verify_responses(load(RECIPE + more), path, None, out)
+        pattern = json.loads((out / "report.json").read_text())["verifiers"][-1]
+        found.append((pattern["name"], pattern["counted"], scores(out)))
+    assert [counted for _, counted, _ in found] == [{"remembered": 10}, {"remembered": 40}, {}]  # a text twice
+    assert all(name == "digits" for name, _, _ in found)  # the others are as quick as looking up
+    assert found[0][2] == found[1][2] == found[2][2]
+    assert (tmp_path / "runs" / "verdict_cache.sqlite").is_file()
 
 
 def test_verifiers_see_what_they_see_in_the_loop_of_a_chat_model(

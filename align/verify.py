@@ -132,7 +132,8 @@ def _report(
     true = true_report(table, combined, gold, seen)
     rows = verifier_rows(table, combined)
     for row, cost in zip(rows, subject.costs, strict=False):
-        row["seconds_per_1000"] = 1000.0 * cost.seconds / max(len(table.values), 1)
+        asked = len(table.values) - cost.counted.get("remembered", 0.0)
+        row["seconds_per_1000"] = 1000.0 * cost.seconds / asked if asked else None
         row["counted"] = dict(cost.counted)
     report = {
         "input": {

@@ -120,7 +120,7 @@ def _verifier_lines(report: Mapping[str, Any]) -> list[str]:
         line = f"{name:<{width}}  {_interval(row['accuracy'], row['low'], row['high']):>22}{_share(row['tpr']):>10}"
         line += f"{_share(row['tnr']):>8}{_share(row['coverage']):>10}{_share(row['positive_rate']):>7}"
         if costs:
-            line += f"{row['seconds_per_1000']:>9.3g}"
+            line += f"{row['seconds_per_1000']:>9.3g}" if row["seconds_per_1000"] is not None else f"{'-':>9}"
         if report["true"]:
             line += f"{_interval(row['true_accuracy'], row['true_low'], row['true_high']):>22}"
         lines.append(line)

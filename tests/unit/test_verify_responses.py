@@ -82,8 +82,10 @@ def test_every_format_gives_the_same_scores_and_report(recipe: Recipe, tmp_path:
     nines, parity, _, digits = report["true"]["verifiers"]
     assert nines["accuracy"] == 0.75 and (nines["tpr"], nines["tnr"]) == (1.0, 0.5)  # passes right + 9
     assert parity["accuracy"] == 1.0 and digits["accuracy"] == 0.5  # + 1 and + 9 both turn odd and even round
-    assert all(row["seconds_per_1000"] > 0 for row in report["verifiers"])
-    assert any("s/1000" in line for line in lines)
+    first = json.loads((tmp_path / "jsonl" / "report.json").read_text())
+    assert all(row["seconds_per_1000"] > 0 for row in first["verifiers"])
+    assert report["verifiers"][3]["seconds_per_1000"] is None  # all of it was remembered
+    assert any("s/1000" in line for line in lines) and any(line.split()[-4:-3] == ["-"] for line in lines)
     table = pq.read_table(tmp_path / "csv" / "verifiers.parquet").to_pylist()
     assert table[0]["name"] == "nines" and table[0]["true_accuracy"] == 0.75 and table[0]["judged"] == 40
 

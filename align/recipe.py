@@ -16,7 +16,7 @@ from align.recipe_group import group_faults
 from align.recipe_labels import Labels, label_faults
 from align.recipe_negative import negative_faults
 from align.recipe_preference import preference_faults
-from align.recipe_rl import policy_gradient_faults
+from align.recipe_rl import ONE_IS_ENOUGH, policy_gradient_faults
 from align.recipe_steps import Steps, step_faults
 from align.recipe_supervised import supervised_faults
 from align.recipe_training import Training, training_faults
@@ -152,8 +152,8 @@ class Prompts(Block):
 class Sampling(Block):
     """How responses are drawn from the policy with vLLM."""
 
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
-    """Responses per prompt and round."""
+    samples_per_prompt: Count = 8
+    """Responses per prompt and round; one is enough for ppo, reinforce_pp and remax only."""
     temperature: Positive = 1.0
     """Softmax temperature."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -342,15 +342,19 @@ class Recipe(Block):
             wrong.append("sampling.max_new_tokens: leaves no room for a prompt in policy.from_scratch.context")
         if self.pairs.builder != "top_bottom" and "k" in self.pairs.changed():
             wrong.append(f"pairs.k: {self.pairs.builder} does not read it, only top_bottom does; take it out")
+        if self.sampling.samples_per_prompt < 2 and self.training.algorithm not in ONE_IS_ENOUGH:
+            wrong.append(
+                f"sampling.samples_per_prompt: {self.training.algorithm} compares the responses to a prompt; give at "
+                f"least 2 ({', '.join(ONE_IS_ENOUGH)} learn from one)"
+            )
         wrong += training_faults(self.training)
-        if self.training.trainer.family == "policy_gradient":
-            wrong += policy_gradient_faults(self)
-        if self.training.trainer.family == "supervised":
-            wrong += supervised_faults(self)
-        if self.training.trainer.family == "group":
-            wrong += group_faults(self)
-        if self.training.trainer.family == "negative":
-            wrong += negative_faults(self)
+        of_family = {
+            "policy_gradient": policy_gradient_faults,
+            "supervised": supervised_faults,
+            "group": group_faults,
+            "negative": negative_faults,
+        }.get(self.training.trainer.family)
+        wrong += of_family(self) if of_family else []
         wrong += preference_faults(self) + label_faults(self)
         if self.training.trainer.consumes != "pairs" and self.pairs.changed():
             wrong.append(f"pairs: {self.training.algorithm} learns from scores and builds no pairs; take the block out")

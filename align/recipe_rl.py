@@ -23,6 +23,8 @@ READS: dict[str, tuple[str, ...]] = {
     "pairwise_ppo": (*_EVERY_TOKEN, "gamma", "lam", "whiten", "critic", "anchor_reward"),
 }
 """The fields of `training.rl` that each algorithm reads, beside `kl` and `entropy_bonus`, which all of them read."""
+ONE_IS_ENOUGH = ("ppo", "reinforce_pp", "remax", "pairwise_ppo")
+"""Algorithms that take nothing from a prompt's other responses."""
 NEEDS_GREEDY = ("remax", "pairwise_ppo")
 """Algorithms that compare with the greedy response of a prompt, so that one is drawn beside the others."""
 DROPS_EQUAL = ("grpo", "rloo", "pairwise_grpo", "p3o")

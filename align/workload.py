@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from align.memory import DTYPE_BYTES
 from align.model_shape import ModelShape
 from align.recipe import Recipe
-from align.recipe_rl import greedy_per_prompt
+from align.recipe_rl import greedy_per_prompt, questions_per_prompt
 from align.training.deepspeed_config import effective_stage
 from align.training.trainers import examples_per_round, steps_per_round
 
@@ -15,6 +15,8 @@ ROW_BYTES = 400
 """Ids, numbers and names of one sample with its score and pair, before compression."""
 VERDICT_BYTES = 60
 """One verdict, before compression."""
+COMPARISON_BYTES = 80
+"""One answer of a judge about two responses, before compression."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def plan_stages(recipe: Recipe, policy: ModelShape, facts: PromptFacts) -> tuple
     eval_samples = held_out * evaluation.samples_per_prompt
     evaluations = len({r for r in range(rounds.count) if r % evaluation.every == 0}) + 1
     voters = len(recipe.verifiers)
+    questions = rounds.prompts_per_round * questions_per_prompt(recipe)
     learnt = training.trainer.consumes  # pairs or scores
     examples, steps = examples_per_round(recipe), steps_per_round(recipe)
     if learnt == "pairs":
@@ -89,6 +92,7 @@ def plan_stages(recipe: Recipe, policy: ModelShape, facts: PromptFacts) -> tuple
         *stages,
         Stage("evaluate", evaluations, measured),
         Stage("sample", rounds.count, drawn),
+        *([Stage("compare", rounds.count, {"questions": questions})] if questions else []),
         Stage("verify", rounds.count, {"verdicts": samples * (voters + gold)}),
         Stage("combine", rounds.count, {"scores": samples}),
         *_rollouts(recipe),
@@ -143,7 +147,9 @@ def plan_disk(recipe: Recipe, policy: ModelShape, facts: PromptFacts, stages: tu
     samples = sum(s.times * s.counts.get("samples", 0) for s in stages)
     verdicts = sum(s.times * s.counts.get("verdicts", 0) for s in stages)
     per_sample = ROW_BYTES + 4 * facts.longest + 16 * recipe.sampling.max_new_tokens
-    size = samples * per_sample + verdicts * VERDICT_BYTES
-    formula = f"samples {samples:,} x {per_sample:,} + verdicts {verdicts:,} x {VERDICT_BYTES}, before compression"
-    stores.append(Store("artifacts", size, formula, "rounds, sampling.samples_per_prompt"))
+    questions = sum(s.times * s.counts.get("questions", 0) for s in stages)
+    size = samples * per_sample + verdicts * VERDICT_BYTES + questions * COMPARISON_BYTES
+    formula = f"samples {samples:,} x {per_sample:,} + verdicts {verdicts:,} x {VERDICT_BYTES}"
+    formula += f" + questions {questions:,} x {COMPARISON_BYTES}" * bool(questions)
+    stores.append(Store("artifacts", size, f"{formula}, before compression", "rounds, sampling.samples_per_prompt"))
     return tuple(stores)

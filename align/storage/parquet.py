@@ -20,15 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.errors import RunError
-from align.records import Pair, PrefixValue, Sample, Score, Verdict
+from align.records import Comparison, Pair, PrefixValue, Sample, Score, Verdict
 
-Record = Sample | Verdict | Score | Pair | PrefixValue
+Record = Sample | Verdict | Comparison | Score | Pair | PrefixValue
 VERSION = "1"  # of the schemas below; a file of another version is refused
 
 _ID = pa.string()
 _TOKENS = pa.list_(pa.field("element", pa.int32(), nullable=False))
 _FLOATS = pa.list_(pa.field("element", pa.float64(), nullable=False))
-_NULLABLE = {(Verdict, "value"), (Verdict, "reason")}
+_NULLABLE = {(Verdict, "value"), (Verdict, "reason"), (Comparison, "strength"), (Comparison, "reason")}
 _TYPES: dict[type, dict[str, pa.DataType]] = {
     Sample: {
         "id": _ID, "prompt_id": _ID, "index": pa.int32(), "policy_version": pa.int32(), "seed": pa.int64(),
@@ -39,6 +39,10 @@ _TYPES: dict[type, dict[str, pa.DataType]] = {
     Verdict: {
         "sample_id": _ID, "verifier": pa.string(), "value": pa.float64(), "reason": pa.string(),
         "seconds": pa.float64(),
+    },
+    Comparison: {
+        "prompt_id": _ID, "first_id": _ID, "second_id": _ID, "verifier": pa.string(), "strength": pa.float64(),
+        "reason": pa.string(),
     },
     Score: {
         "sample_id": _ID, "prompt_id": _ID, "p_good": pa.float64(), "reward": pa.float64(), "spread": pa.float64(),
@@ -65,6 +69,8 @@ def identity(row: Record) -> str | tuple[str, str]:
     """What a row is known by: two rows with one identity are the same work."""
     if isinstance(row, Verdict):
         return (row.sample_id, row.verifier)
+    if isinstance(row, Comparison):
+        return (row.first_id, row.second_id)
     return row.sample_id if isinstance(row, Score) else row.id
 
 

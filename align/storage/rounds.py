@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import RunError
-from align.records import Pair, PrefixValue, Sample, Score, Verdict
+from align.records import Comparison, Pair, PrefixValue, Sample, Score, Verdict
 from align.storage import parquet
 from align.storage.durable import (
     FileRecord,
@@ -29,6 +29,7 @@ from align.storage.durable import (
 
 STAGES: dict[str, type[parquet.Record]] = {
     "samples": Sample,
+    "comparisons": Comparison,
     "verdicts": Verdict,
     "gold": Verdict,
     "scores": Score,

@@ -82,18 +82,32 @@ def leave_one_out(rewards: Array, groups: Sequence[str]) -> Array:
     return out
 
 
+def ratings(strength: Array) -> Array:
+    """[G] r that fits d_ij = r_i - r_j best, in least squares over the pairs that were answered in both orders.
+
+    d = (D - D^T) / 2, in which a judge's liking for the first place cancels; D_ij [G, G] is what it said of i against
+    j when i came first, NaN where no answer could be read.  With every pair answered, r_i = (1/G) Σ_j d_ij.  A pair
+    that was not is left out and no tie is made of it: what is known of the two against the others decides.  The
+    ratings of responses that are linked by comparisons add up to 0; one that was compared with none has NaN.
+    """
+    d = (strength - strength.T) / 2.0
+    known = np.isfinite(d) & ~np.eye(len(d), dtype=bool)
+    laplacian = np.diag(known.sum(axis=1)) - known.astype(np.float64)
+    found = np.linalg.pinv(laplacian, rcond=1e-9, hermitian=True) @ np.where(known, d, 0.0).sum(axis=1)
+    return np.where(known.any(axis=1), found, np.nan)
+
+
 def from_preferences(strength: Array) -> Array:
     """[G] advantages from a matrix of preference strengths (pairwise GRPO, arXiv 2505.16265).
 
-        d = (D - D^T) / 2,   A_i = (1/G) Σ_j d_ij / sqrt( Σ_ij d_ij² / (2 G (G-1)) + 1e-6 )
+        A_i = r_i / sqrt( mean of d_ij² / 2 + 1e-6 ),   r = ratings(D), the mean over the pairs that were answered
 
-    D_ij is what the judge said of i against j when i came first; both orders are asked, because a judge that prefers
-    the first place would otherwise be believed.  A pair that could not be judged is NaN and counts as a tie.  With
-    D_ij = r_i - r_j this is GRPO with the unbiased standard deviation; a cycle gives zeros.
+    With every pair answered that is the paper's (1/G) Σ_j d_ij / sqrt( Σ_ij d_ij² / (2 G (G-1)) + 1e-6 ).  With
+    D_ij = r_i - r_j it is GRPO with the unbiased standard deviation; a cycle gives zeros.
     """
-    size = len(strength)
-    d = np.nan_to_num((strength - strength.T) / 2.0)
-    return d.mean(axis=1) / np.sqrt((d**2).sum() / (2 * size * max(size - 1, 1)) + 1e-6)
+    d = (strength - strength.T) / 2.0
+    np.fill_diagonal(d, np.nan)
+    return ratings(strength) / np.sqrt(np.nanmean(d**2) / 2.0 + 1e-6)
 
 
 def over_tokens(per_response: Array, lengths: Array) -> Array:

@@ -20,6 +20,7 @@ from align.recipe import Recipe
 from align.records import Sample
 from align.training import kl
 from align.training.engine import PolicyEngine
+from align.training.preference_matrix import Answers
 from align.training.rewards import Rewarded, rewarded
 from align.training.rl_metrics import round_metrics
 from align.training.rl_objectives import PairObjective, ResponseRow, TokenObjective, ValueObjective, to_columns
@@ -37,7 +38,14 @@ def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: 
     rl, reward = training.rl, training.reward
     verdicts = data.read("verdicts") if reward.verifier is not None else []
     found = rewarded(
-        training.algorithm, reward, data.samples, data.scores, verdicts, engine.trainer_state, rl.anchor_reward
+        training.algorithm,
+        reward,
+        data.samples,
+        data.scores,
+        verdicts,
+        engine.trainer_state,
+        anchor_reward=rl.anchor_reward,
+        answers=Answers.of(data.read("comparisons")) if reward.judge is not None else None,
     )
     if not found.samples:
         return mean_report([], 0, time.monotonic() - started, found.counts)

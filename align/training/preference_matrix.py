@@ -1,19 +1,18 @@
-"""Who beats whom among a prompt's responses: a judge asked about every two of them, in both orders.
-
-A judge that prefers what it reads first would otherwise be believed; `advantages.from_preferences` takes the half
-difference of the two answers, in which such a liking cancels.
+"""Who beats whom among a prompt's responses, as matrices: from a judge's committed answers, or from P(good).
 
 Legend: G responses of a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Protocol
 
 import numpy as np
+
+from align.records import Comparison
 
 Array = np.ndarray
 
@@ -21,8 +20,8 @@ Array = np.ndarray
 class Judge(Protocol):
     """Compares two responses to one prompt, named by their sample ids."""
 
-    def prefer(self, questions: Sequence[tuple[str, str]]) -> list[float | None]:
-        """Per question how much better the first is than the second, -1 to 1; None where no answer could be read."""
+    def prefer(self, first: str, second: str) -> float | None:
+        """How much better the first is than the second, -1 to 1; None where no answer could be read."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +33,39 @@ class ByChance:
 
     chances: Mapping[str, float]  # P(good) by sample id
 
-    def prefer(self, questions: Sequence[tuple[str, str]]) -> list[float | None]:
+    def prefer(self, first: str, second: str) -> float | None:
         """p - q, with independent P(good)."""
-        return [self.chances[first] - self.chances[second] for first, second in questions]
+        return self.chances[first] - self.chances[second]
 
 
-def preference_matrices(judge: Judge, groups: Mapping[str, Sequence[str]]) -> tuple[dict[str, Array], int]:
-    """By prompt [G, G]: D_ij the answer with i first, NaN where none could be read; and how many could not.
+@dataclass(frozen=True)
+class Answers:
+    """A judge's answers of a round, as the store keeps them."""
 
-    The diagonal is 0.
-    """
-    questions = [pair for ids in groups.values() for pair in permutations(ids, 2)]
-    answers = dict(zip(questions, judge.prefer(questions), strict=True))
-    found = {}
-    for prompt, ids in groups.items():
-        matrix = np.zeros((len(ids), len(ids)))
-        for i, j in permutations(range(len(ids)), 2):
-            answer = answers[ids[i], ids[j]]
-            matrix[i, j] = np.nan if answer is None else answer
-        found[prompt] = matrix
-    return found, sum(answer is None for answer in answers.values())
+    strengths: Mapping[tuple[str, str], float]  # those that could be read
+    unread: int
+
+    @staticmethod
+    def of(rows: Iterable[Comparison]) -> Answers:
+        """From the committed rows."""
+        every = {(row.first_id, row.second_id): row.strength for row in rows}
+        read = {pair: strength for pair, strength in every.items() if strength is not None}
+        return Answers(read, len(every) - len(read))
+
+    def prefer(self, first: str, second: str) -> float | None:
+        """What the judge said when `first` came first."""
+        return self.strengths.get((first, second))
+
+    def both_ways(self, one: str, other: str) -> float | None:
+        """Half the difference of the two orders; None where one of them has no answer."""
+        there, back = self.prefer(one, other), self.prefer(other, one)
+        return None if there is None or back is None else (there - back) / 2.0
+
+
+def preference_matrix(judge: Judge, ids: Sequence[str]) -> Array:
+    """[G, G] D_ij the answer with i first, NaN where none could be read; the diagonal is 0."""
+    matrix = np.zeros((len(ids), len(ids)))
+    for i, j in permutations(range(len(ids)), 2):
+        answer = judge.prefer(ids[i], ids[j])
+        matrix[i, j] = np.nan if answer is None else answer
+    return matrix

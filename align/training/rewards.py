@@ -17,8 +17,8 @@ import numpy as np
 
 from align.recipe_rl import DROPS_EQUAL, NEEDS_GREEDY, Reward
 from align.records import Sample, Score, Verdict
-from align.training.advantages import EPSILON, zero_spread
-from align.training.preference_matrix import ByChance, preference_matrices
+from align.training.advantages import EPSILON, ratings, zero_spread
+from align.training.preference_matrix import Answers, ByChance, preference_matrix
 
 Array = np.ndarray
 SURE = 1e-6
@@ -55,40 +55,66 @@ def rewarded(
     scores: Sequence[Score],
     verdicts: Iterable[Verdict],
     state: dict[str, Any],
+    *,
     anchor_reward: str = "logit",
+    answers: Answers | None = None,
 ) -> Rewarded:
-    """What each response gets.  `state` keeps the first round's mean and spread for `normalise: initial`."""
-    found = raw_rewards(settings, scores, verdicts)
+    """What each response gets.  `state` keeps the first round's mean and spread for `normalise: initial`.
+
+    With a judge's `answers` the pairwise algorithms look at nothing else.
+    """
     chances = {s.sample_id: s.p_good for s in scores}
     ordered = sorted(samples.values(), key=lambda s: (s.prompt_id, s.index))
     drawn = [s for s in ordered if not is_greedy(s)]
-    greedy = {s.prompt_id: s for s in ordered if is_greedy(s) and s.id in found}
+    greedy = {s.prompt_id: s for s in ordered if is_greedy(s)}
+    if answers is not None:
+        found = judged(algorithm, drawn, greedy, answers, anchor_reward)
+    else:
+        found = raw_rewards(settings, scores, verdicts)
+        greedy = {prompt: s for prompt, s in greedy.items() if s.id in found}
     kept = [s for s in drawn if s.id in found and s.response_ids]
-    counts = {"unscored": len(drawn) - len(kept)}  # or without a token
+    counts = {"unscored" if answers is None else "uncompared": len(drawn) - len(kept)}  # or without a token
     if algorithm in NEEDS_GREEDY:
         counts["no_greedy"] = sum(s.prompt_id not in greedy for s in kept)
         kept = [s for s in kept if s.prompt_id in greedy]
-    if algorithm == "pairwise_ppo":
+    if answers is not None:
+        raw, counts["unread_preferences"] = found, answers.unread
+    elif algorithm == "pairwise_ppo":
         raw = {s.id: against(chances[s.id], chances[greedy[s.prompt_id].id], anchor_reward) for s in kept}
     else:
         used = [*kept, *greedy.values()]
         raw = normalised(settings, {s.id: found[s.id] for s in used}, [s.id for s in kept], state)
         raw = {s.id: _cut(settings, s, raw[s.id]) for s in used}
     kept, counts = _usable(algorithm, kept, raw, counts)
-    strengths: dict[str, Array] = {}
-    if algorithm == "pairwise_grpo":
-        judge = ByChance(chances)  # until a verifier compares two responses itself
-        strengths, counts["unread_preferences"] = preference_matrices(judge, _by_prompt(kept))
     masked = np.array([settings.truncated == "mask" and s.finish_reason == "length" for s in kept], dtype=bool)
     counts["masked"] = int(masked.sum())
+    groups = _by_prompt(kept) if algorithm == "pairwise_grpo" else {}
     return Rewarded(
         samples=kept,
         scores=np.array([raw[s.id] for s in kept]),
         masked=masked,
         baselines=np.array([raw[greedy[s.prompt_id].id] for s in kept]) if algorithm == "remax" else None,
-        strengths=strengths,
+        strengths={prompt: preference_matrix(answers or ByChance(chances), ids) for prompt, ids in groups.items()},
         counts=counts,
     )
+
+
+def judged(
+    algorithm: str, drawn: Sequence[Sample], greedy: Mapping[str, Sample], answers: Answers, anchor_reward: str
+) -> dict[str, float]:
+    """By sample id what a judge's answers make of a response; one that was compared with none is not in it.
+
+    Pairwise GRPO: its rating among the prompt's responses.  Pairwise PPO: how it does against the greedy one, with
+    P(better) = (1 + d) / 2 of the half difference d of both orders, or its logit.
+    """
+    if algorithm == "pairwise_grpo":
+        found: dict[str, float] = {}
+        for ids in _by_prompt(drawn).values():
+            found |= dict(zip(ids, ratings(preference_matrix(answers, ids)).tolist(), strict=True))
+        return {i: rating for i, rating in found.items() if not math.isnan(rating)}
+    gaps = {s.id: answers.both_ways(s.id, greedy[s.prompt_id].id) for s in drawn if s.prompt_id in greedy}
+    chances = {i: (1.0 + d) / 2.0 for i, d in gaps.items() if d is not None}
+    return {i: logit(p) if anchor_reward == "logit" else p for i, p in chances.items()}
 
 
 def raw_rewards(settings: Reward, scores: Sequence[Score], verdicts: Iterable[Verdict]) -> dict[str, float]:

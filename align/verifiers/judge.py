@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.verifiers.answering import Answerer, shares, start
@@ -102,6 +102,7 @@ class PairwiseJudge(LanguageJudge):
         super().__init__(spec, answerer)
         self._compared: Counter[str] = Counter()
         self._excess = 0.0
+        self._known: dict[tuple[str, str], float | Abstain] = {}
 
     def verify(self, batch: Sequence[Item]) -> list[float | Abstain]:
         """Each response against the next `opponents` of its prompt, in a ring by id, or against all."""
@@ -121,12 +122,23 @@ class PairwiseJudge(LanguageJudge):
         alone = Abstain("the prompt has no other response to compare it with")
         return [sum(g) / len(g) if g else (reason or alone) for g, reason in zip(gains, reasons, strict=True)]
 
+    def remember(self, answers: Mapping[tuple[str, str], float | Abstain]) -> None:
+        """Take these answers of an earlier asking, by the sample ids in the order shown, in place of all before."""
+        self._known = dict(answers)
+
     def strengths(self, pairs: Sequence[tuple[Item, Item]]) -> list[float | Abstain]:
-        """How much better the first of each two is than the second, -1 to 1, in this order only."""
-        asked, refused = self._questions(pairs)
+        """How much better the first of each two is than the second, -1 to 1, in this order only.
+
+        What is remembered is not asked again.
+        """
+        names = [(first.sample_id, second.sample_id) for first, second in pairs]
+        asked, refused = self._questions(
+            [pair for pair, name in zip(pairs, names, strict=True) if name not in self._known]
+        )
         words = ("A", "B")
         found = [shares(c, self._spec.least_mass, words) for c in self._answerer.choose(asked, words)]
-        return _put_back([each if isinstance(each, Abstain) else 2 * each[0] - 1 for each in found], refused)
+        new = iter(_put_back([each if isinstance(each, Abstain) else 2 * each[0] - 1 for each in found], refused))
+        return [self._known[name] if name in self._known else next(new) for name in names]
 
     def account(self) -> dict[str, float]:
         """As any judge's, and how many were compared both ways, and the liking for the first place in sum."""

@@ -98,6 +98,10 @@ class VerifierPool:
         ]
         return lambda: _together(jobs, shares, len(lane.specs), len(items))
 
+    def in_process(self, name: str) -> Verifier:
+        """One of the verifiers that run in this process."""
+        return self._in_process[name]
+
     def costs(self) -> dict[str, dict[str, float]]:
         """By in-process verifier, what it counted (tokens, requests) since this was last asked."""
         spent = {n: v.account() for n, v in self._in_process.items() if isinstance(v, ModelVerifier)}

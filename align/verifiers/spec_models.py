@@ -57,7 +57,8 @@ class AskedModel(VerifierBlock):
         return self
 
     def _given(self, key: str) -> bool:
-        return key in self.model_fields_set and bool(getattr(self, key))
+        """Whether it says something else than its default, as in the other blocks: a recipe written out whole holds."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
 
 class JudgeSpec(AskedModel):
@@ -89,7 +90,7 @@ class JudgeSpec(AskedModel):
     def _mode_reads_it(self) -> JudgeSpec:
         reads = {"yes_no": {"least_mass"}, "rubric": {"answer_tokens"}, "pairwise": {"least_mass", "opponents"}}
         for key in ("least_mass", "answer_tokens", "opponents"):
-            if key in self.model_fields_set and key not in reads[self.mode]:
+            if self._given(key) and key not in reads[self.mode]:
                 raise ValueError(f"{key}: a judge in mode {self.mode} does not read it")
         return self
 

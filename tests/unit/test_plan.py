@@ -26,7 +26,7 @@ from align.memory import (
 from align.model_shape import ModelShape, config_shape
 from align.plan import Plan, make_plan, render
 from align.prompts import PromptSet
-from align.recipe import Lora, Recipe
+from align.recipe import Lora, Pairs, Recipe
 from align.recipe_training import Training
 from align.records import Prompt
 
@@ -352,6 +352,21 @@ def test_stages_by_hand() -> None:
     assert stages["evaluate"].times == 4
     assert stages["evaluate"].counts["samples"] == 30 * 4
     assert stages["cold start"].counts == {"examples": 320, "steps": 10, "tokens trained": 320 * 16}
+
+
+def test_a_judges_questions_by_hand() -> None:
+    """100 prompts of 8 responses: 8 x 7 ordered pairs each, in five rounds; against the greedy one 2 x 8."""
+    judge = {"kind": "judge", "name": "referee", "model": "m", "mode": "pairwise", "endpoint": "http://localhost/v1"}
+    blocks: dict[str, Any] = {"pairs": Pairs(), "verifiers": [judge]}
+    for name, each in (("pairwise_grpo", 56), ("pairwise_ppo", 16)):
+        training = Training(algorithm=name, reward={"judge": "referee"})  # type: ignore[arg-type]
+        plan = tiny_plan(training=training, **blocks)
+        stages = {stage.name: stage for stage in plan.stages}
+        assert list(stages)[2:5] == ["sample", "compare", "verify"]
+        assert (stages["compare"].times, stages["compare"].counts) == (5, {"questions": 100 * each})
+        asked = f"referee is asked {100 * each:,} questions about two responses a round, {500 * each:,} in all"
+        assert asked in plan.notes
+        assert f"+ questions {500 * each:,} x 80" in render(plan)
 
 
 def test_totals_count_every_round() -> None:

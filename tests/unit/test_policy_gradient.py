@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,12 @@ import pytest
 import torch
 
 from align.recipe_rl import PolicyGradient, Reward
-from align.records import Sample, Score, Verdict
+from align.records import Comparison, Sample, Score, Verdict
 from align.training import advantages as adv
 from align.training import kl
 from align.training.losses import policy_gradient as losses
 from align.training.policy_gradient import _minibatches
-from align.training.preference_matrix import preference_matrices
+from align.training.preference_matrix import Answers, preference_matrix
 from align.training.rewards import against, qwen_math, rewarded
 from align.training.rl_metrics import round_metrics
 from align.training.rollouts import Rollouts, estimate
@@ -117,8 +116,28 @@ def test_a_cycle_of_preferences_pushes_nothing_and_order_bias_cancels() -> None:
     cycle = np.array([[0.0, 1.0, -1.0], [-1.0, 0.0, 1.0], [1.0, -1.0, 0.0]])
     assert adv.from_preferences(cycle) == pytest.approx(np.zeros(3), abs=1e-12)
     assert adv.from_preferences(cycle + 0.4) == pytest.approx(np.zeros(3), abs=1e-12)  # likes what is first
-    unknown = np.array([[0.0, np.nan], [0.3, 0.0]])
-    assert adv.from_preferences(unknown).tolist() == [0.0, 0.0]
+
+
+def test_ratings_of_a_matrix_by_hand() -> None:
+    """d = ((0, .6, .2), (-.6, 0, -.1), (-.2, .1, 0)): row means over the root of half the mean square of six."""
+    d = np.array([[0.0, 0.6, 0.2], [-0.6, 0.0, -0.1], [-0.2, 0.1, 0.0]])
+    strength = d + 0.3 * (1 - np.eye(3))  # the judge likes what is first
+    assert adv.ratings(strength) == pytest.approx(np.array([0.8, -0.7, -0.1]) / 3, abs=1e-12)
+    scale = math.sqrt((0.36 + 0.04 + 0.01) / 3 / 2 + 1e-6)
+    assert adv.from_preferences(strength) == pytest.approx(np.array([0.8, -0.7, -0.1]) / 3 / scale, abs=1e-12)
+
+
+def test_a_pair_that_was_not_answered_is_no_tie() -> None:
+    """.5, .1 and -.6 with the outer two never compared: the chain .4 and .7 says as much.  And one without any."""
+    rewards = np.array([0.5, 0.1, -0.6])
+    strength = np.subtract.outer(rewards, rewards)
+    strength[0, 2] = np.nan  # one order is enough to spoil the pair
+    assert adv.ratings(strength) == pytest.approx(rewards, abs=1e-12)
+    scale = math.sqrt((0.16 + 0.49) / 2 / 2 + 1e-6)
+    assert adv.from_preferences(strength) == pytest.approx(rewards / scale, abs=1e-12)
+    strength[1, 2] = np.nan
+    found = adv.ratings(strength)
+    assert found[:2] == pytest.approx([0.2, -0.2], abs=1e-12) and np.isnan(found[2])
 
 
 def test_leave_one_out_by_hand_and_its_refusal_of_one() -> None:
@@ -299,30 +318,54 @@ def test_preferences_from_p_good_give_grpo_on_p_good() -> None:
     assert pairwise == pytest.approx(estimate(rollouts, PolicyGradient(), "grpo", 0.0).advantages, abs=2e-5)
 
 
-class Biased:
-    """Says what the rewards say, likes what it reads first, and cannot be read about one pair in one order."""
-
-    def __init__(self, rewards: dict[str, float]) -> None:
-        self.rewards = rewards
-        self.asked: list[tuple[str, str]] = []
-
-    def prefer(self, questions: Sequence[tuple[str, str]]) -> list[float | None]:
-        self.asked = list(questions)
-        found: list[float | None] = [self.rewards[a] - self.rewards[b] + 0.3 for a, b in questions]
-        return [None if q == ("x", "z") else v for q, v in zip(questions, found, strict=True)]
+def told(first: str, second: str, strength: float | None) -> Comparison:
+    reason = None if strength is not None else "the judge answers none of A, B"
+    return Comparison(first[0], first, second, "referee", strength, reason)
 
 
-def test_a_judge_is_asked_in_both_orders_and_its_liking_of_the_first_cancels() -> None:
-    """A pair that could not be read in one order is a tie, and counted."""
-    rewards = {"x": 0.5, "y": 0.1, "z": -0.6}
-    judge = Biased(rewards)
-    found, unread = preference_matrices(judge, {"p": ["x", "y", "z"], "q": ["y", "z"]})
-    assert len(judge.asked) == 6 + 2 and unread == 1
-    assert np.isnan(found["p"][0, 2]) and found["p"][2, 0] == pytest.approx(-0.8)
-    fair = {"x": rewards["x"], "y": rewards["y"], "z": rewards["x"]}  # x against z is a tie
-    d = np.subtract.outer([rewards[i] for i in "xyz"], [rewards[i] for i in "xyz"])
-    d[0, 2] = d[2, 0] = fair["x"] - fair["z"]
-    assert adv.from_preferences(found["p"]) == pytest.approx(adv.from_preferences(d), abs=1e-12)
+def test_a_judges_answers_are_the_advantages_and_p_good_is_not_asked() -> None:
+    """a0 beats a1 by .5 and a2 by .1 once its liking for the first place, .2, is out; b0 and b1 were not read.
+
+    By hand: d = ((0, .5, .1), (-.5, 0, nan), (-.1, nan, 0)).  The best fit is exact: r = (.2, -.3, .1).
+    """
+    rows = [told("a0", "a1", 0.7), told("a1", "a0", -0.3), told("a0", "a2", 0.3), told("a2", "a0", 0.1),
+            told("a1", "a2", 0.9), told("a2", "a1", None), told("b0", "b1", None), told("b1", "b0", 0.4)]  # fmt: skip
+    answers = Answers.of(rows)
+    found = rewarded("pairwise_grpo", Reward(judge="referee"), SAMPLES, SCORES, [], {}, answers=answers)
+    assert [s.id for s in found.samples] == ["a0", "a1", "a2"]  # a2 has no score, and needs none
+    assert found.counts == {"uncompared": 2, "unread_preferences": 2, "single": 0, "equal_reward": 0, "masked": 0}
+    assert found.scores == pytest.approx([0.2, -0.3, 0.1], abs=1e-12)
+    rollouts = Rollouts(
+        ids=["a0", "a1", "a2"], groups=["a"] * 3, lengths=np.array([2, 2, 2]), scores=found.scores, old=np.zeros(6),
+        strengths=found.strengths,
+    )  # fmt: skip
+    advantages = estimate(rollouts, PolicyGradient(), "pairwise_grpo", 0.0).advantages
+    scale = math.sqrt((0.25 + 0.01) / 2 / 2 + 1e-6)
+    assert advantages[::2] == pytest.approx(np.array([0.2, -0.3, 0.1]) / scale, abs=1e-9)
+
+
+def test_a_judge_to_whom_all_are_equal_leaves_nothing_to_learn() -> None:
+    rows = [told("b0", "b1", 0.3), told("b1", "b0", 0.3)]
+    found = rewarded("pairwise_grpo", Reward(judge="r"), SAMPLES, SCORES, [], {}, answers=Answers.of(rows))
+    assert list(found.samples) == [] and found.counts["equal_reward"] == 2 and found.counts["uncompared"] == 3
+
+
+def test_a_judge_against_the_anchor_by_hand() -> None:
+    """D .8 and -.4 in the two orders: d = .6, P(better) = .8; what was read in one order only leaves the round."""
+    samples = SAMPLES | {"a3": sample("a", 3, temperature=0.0)}
+    rows = [told("a0", "a3", 0.8), told("a3", "a0", -0.4), told("a1", "a3", 0.5), told("a3", "a1", None)]
+    for kind, reward in (("probability", 0.8), ("logit", math.log(4))):
+        found = rewarded(
+            "pairwise_ppo", Reward(judge="r"), samples, [], [], {}, anchor_reward=kind, answers=Answers.of(rows)
+        )
+        assert [s.id for s in found.samples] == ["a0"] and found.scores[0] == pytest.approx(reward)
+        assert found.counts == {"uncompared": 4, "no_greedy": 0, "unread_preferences": 1, "masked": 0}
+
+
+def test_the_matrix_has_the_first_response_in_its_row() -> None:
+    answers = Answers.of([told("x", "y", 0.4), told("y", "x", None)])
+    found = preference_matrix(answers, ["x", "y"])
+    assert found[0, 1] == 0.4 and np.isnan(found[1, 0]) and found.diagonal().tolist() == [0.0, 0.0]
 
 
 def test_round_metrics_by_hand() -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from align.catalogue import ALGORITHMS
 from align.recipe import Recipe
-from align.recipe_rl import NEEDS_CRITIC, NEEDS_GREEDY, ONE_IS_ENOUGH, READS, PolicyGradient
+from align.recipe_rl import NEEDS_CRITIC, NEEDS_GREEDY, ONE_IS_ENOUGH, READS, PolicyGradient, questions_per_prompt
 from align.training.kl import adapted
 from align.training.rewards import GROUPS
 from align.training.trainers import steps_per_round
@@ -22,6 +22,12 @@ def recipe(training: dict[str, Any], **more: Any) -> Recipe:
         "verifiers": [{"kind": "repetition", "name": "loops"}],
     }
     return Recipe.model_validate({**base, "training": training, **more})
+
+
+JUDGES: list[dict[str, Any]] = [
+    {"kind": "judge", "name": "yes", "model": "m"},
+    {"kind": "judge", "name": "referee", "model": "m", "mode": "pairwise"},
+]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +76,27 @@ def recipe(training: dict[str, Any], **more: Any) -> Recipe:
         ({"algorithm": "ppo", "reward": {"alpha": 0.1}}, {}, "training.reward.alpha"),
         ({"algorithm": "pairwise_grpo", "reward": {"source": "logit"}}, {}, "training.reward.source: pairwise_grpo"),
         ({"algorithm": "pairwise_ppo", "reward": {"truncated": "zero"}}, {}, "training.reward.truncated: pairwise_ppo"),
+        ({"algorithm": "ppo", "reward": {"judge": "referee"}}, {}, "reward.judge: only pairwise_grpo and pairwise_ppo"),
+        (
+            {"algorithm": "pairwise_grpo", "reward": {"judge": "refree"}},
+            {"verifiers": JUDGES},
+            "training.reward.judge: no verifier is called 'refree'; of kind judge in mode pairwise there are: referee",
+        ),
+        (
+            {"algorithm": "pairwise_ppo", "reward": {"judge": "yes"}},
+            {"verifiers": JUDGES},
+            "training.reward.judge: 'yes' compares no two responses",
+        ),
+        (
+            {"algorithm": "pairwise_grpo", "reward": {"judge": "loops"}},
+            {},
+            "in mode pairwise, there are: none here",
+        ),
+        (
+            {"algorithm": "pairwise_grpo", "reward": {"judge": "referee"}},
+            {"verifiers": [{**JUDGES[1], "opponents": 2}]},
+            "so its `opponents` would save nothing",
+        ),
         ({"algorithm": "ppo"}, {"verifiers": [{"kind": "noise", "name": "coin"}]}, "verifiers: ppo maximises"),
         ({"algorithm": "ppo", "pairs_per_step": 8}, {}, "training.pairs_per_step: ppo"),
         ({"algorithm": "ppo", "reference": "none"}, {}, "training.reference"),
@@ -125,6 +152,16 @@ def test_an_adaptive_coefficient_stays_positive() -> None:
         rounds={"prompts_per_round": 6250},
     )
     assert adapted(0.1, 0.0, 6.0, made.training.rl.kl.horizon, 50_000) > 0
+
+
+@pytest.mark.parametrize(("name", "asked"), [("pairwise_grpo", 12), ("pairwise_ppo", 8)])
+def test_a_judge_stands_and_is_asked_in_both_orders(name: str, asked: int) -> None:
+    """Of four responses 4 x 3 ordered pairs, or each against the greedy one, twice."""
+    made = recipe(
+        {"algorithm": name, "reward": {"judge": "referee"}}, verifiers=JUDGES, sampling={"samples_per_prompt": 4}
+    )
+    assert questions_per_prompt(made) == asked
+    assert questions_per_prompt(recipe({"algorithm": name})) == 0
 
 
 def test_a_step_holds_whole_prompts() -> None:

@@ -172,6 +172,19 @@ def test_a_ring_of_opponents_asks_fewer() -> None:
     assert len(says.asked) == 2 * 5  # a ring of five, both orders; all against all would be 20
 
 
+def test_what_is_remembered_is_not_asked_again() -> None:
+    """Three responses are six questions; the two about a and b are known, one of them without an answer."""
+    says = Scripted(lambda m: [0.75, 0.25])
+    judge = PairwiseJudge(spec(mode="pairwise"), says)
+    judge.remember({("a", "b"): 0.5, ("b", "a"): Abstain("busy")})
+    batch = [item("a"), item("b"), item("c")]
+    found = judge.strengths([(x, y) for x in batch for y in batch if x is not y])
+    assert len(says.asked) == 4 and found[0] == 0.5 and str(found[2]) == "busy"
+    assert [found[i] for i in (1, 3, 4, 5)] == [0.5] * 4
+    judge.remember({})
+    assert judge.strengths([(batch[0], batch[1])]) == [0.5] and len(says.asked) == 5
+
+
 def test_a_pair_that_was_not_answered_counts_for_neither() -> None:
     judge = PairwiseJudge(spec(mode="pairwise"), Scripted(lambda m: Abstain("busy") if "\nbad\n" in m else [0.9, 0.1]))
     verdicts = judge.verify([item("a"), item("b"), item("c", "bad")])
@@ -203,6 +216,13 @@ def test_a_deadline_that_nothing_keeps_is_refused() -> None:
         with pytest.raises(InputError, match=rf"^verifiers\.{key}\.timeout_s: .*leave it out"):
             registry.check(block)
     registry.check(spec(endpoint="https://example.org/v1", timeout_s=9.0))
+
+
+@pytest.mark.parametrize("settings", [{"mode": "rubric"}, {"mode": "pairwise", "endpoint": "https://example.org/v1"}])
+def test_a_judge_written_out_whole_is_the_same_judge(settings: dict[str, Any]) -> None:
+    """As in the recipe.yaml of a run, and on the way to its ranks: a default that is spelt out is no contradiction."""
+    made = spec(**settings)
+    assert JudgeSpec.model_validate(made.model_dump(mode="json")) == made
 
 
 # ---- servers --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@
 
 Every rank runs this file.  Stages are function calls; between them lie committed artifacts, so each stage
 first asks the store whether its work is already done.  That one question is the whole of resuming.  A trainer that
-learns from scores has no pair stage; `align.stages.ROUND` says which stages a round has.
+learns from scores has no pair stage; `align.stages.ROUND` says which stages a round has.  Where a trainer's own rule
+ends training for good, the rounds that are left are not begun.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ def run_loop(run: Run) -> None:
     run.plan()
     rounds = run.recipe.rounds.count
     for round_index in range(run.version, rounds):
+        if run.stopped:
+            run.say(f"the run ends after {round_index} of {rounds} rounds: {run.stopped}")
+            break
         if round_index % run.recipe.evaluation.every == 0:
             evaluate(run, round_index)
         for stage in ROUND[run.recipe.training.trainer.consumes]:
             stage(run, round_index)
             reach(f"loop.{stage.__name__}.after")
             run.write_summary("running")
-    evaluate(run, rounds)
+    evaluate(run, run.version)
     reach("loop.export.before")
     export(run)
     run.write_summary("done")
@@ -56,6 +60,8 @@ def run_stage(run: Run, stage: Callable[[Run, int], object], round_index: int | 
         raise InputError(
             f"--round {wanted}: the run stands at round {current}; train round {current} first (`align train`)"
         )
+    if run.stopped and wanted == current and stage is not evaluate:
+        raise InputError(f"training has ended: {run.stopped}; `align evaluate` and `align export` are left")
     last = run.recipe.rounds.count - (stage is not evaluate)
     if wanted > last and round_index is None:
         raise InputError("every round of the recipe is trained; `align evaluate` and `align export` are left")

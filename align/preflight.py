@@ -25,10 +25,9 @@ from align.evaluation.metrics import pass_at_k
 from align.progress import track
 from align.prompts import round_prompts
 from align.recipe import Recipe
-from align.recipe_negative import FALLBACK, NEGATIVE_ONLY, Preflight
+from align.recipe_negative import FALLBACK, Preflight, looks_before, preflight_judge
 from align.recipe_training import Loss
 from align.records import Prompt, Sample
-from align.verifiers.registry import kind_of
 
 if TYPE_CHECKING:
     from align.run import Run
@@ -45,14 +44,14 @@ def preflight(run: Run) -> None:
     """
     training = run.recipe.training
     look = training.negative.preflight
-    if training.algorithm not in NEGATIVE_ONLY or look.mode == "off":
+    if not looks_before(run.recipe):
         return
     if run.store.read_json(0, REPORT) is None:
         with run.timed(REPORT):
             held_out = run.prompts().eval
             prompts = round_prompts(held_out, 0, min(look.prompts, len(held_out)), run.recipe.seed)
             _draw(run, prompts)
-            judge = _judge(run.recipe)
+            judge = preflight_judge(run.recipe)
             _verify(run, prompts, gold=judge == "gold")
             with run.ranks.stage(REPORT):
                 if run.ranks.rank == 0:
@@ -124,12 +123,6 @@ def sizes(look: Preflight) -> list[int]:
     """The k of the curve: powers of two, where the rise is counted from, and the number of samples."""
     powers = [2**i for i in range(look.samples_per_prompt.bit_length()) if 2**i <= look.samples_per_prompt]
     return sorted({*powers, look.rise_from, look.samples_per_prompt})
-
-
-def _judge(recipe: Recipe) -> str:
-    """Who says what is right: as the recipe says, or gold where it answers yes or no."""
-    asked, gold = recipe.training.negative.preflight.judge, recipe.evaluation.gold
-    return asked or ("gold" if gold is not None and kind_of(gold) == "binary" else "ensemble")
 
 
 def _prompts_per_shard(recipe: Recipe) -> int:

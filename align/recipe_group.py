@@ -24,6 +24,11 @@ def group_faults(recipe: Recipe) -> list[str]:
             "training.responses_per_step: kto compares with responses of other prompts, so a step needs at least two "
             f"prompts, {2 * recipe.sampling.samples_per_prompt} responses"
         )
+    if name == "kto" and recipe.rounds.prompts_per_round < 2:
+        wrong.append(
+            "rounds.prompts_per_round: kto compares with responses of other prompts, and a round of one prompt has "
+            "none; draw two or more, or take the loss apo_zero_unpaired, which is kto without that comparison"
+        )
     if "desirable_weight" in training.loss_facts.options and loss.desirable_weight == loss.undesirable_weight == 0:
         wrong.append("training.loss.desirable_weight: with both weights 0 there is nothing to learn")
     return wrong

@@ -80,6 +80,17 @@ class Negative(Block):
     """A look at pass@k before negative-only training begins."""
 
 
+def preflight_judge(recipe: Recipe) -> str:
+    """Who says what is right before negative-only training: as the recipe says, or gold where it answers yes or no."""
+    asked, gold = recipe.training.negative.preflight.judge, recipe.evaluation.gold
+    return asked or ("gold" if gold is not None and gold.output == "binary" else "ensemble")
+
+
+def looks_before(recipe: Recipe) -> bool:
+    """Whether there is a pre-flight."""
+    return recipe.training.algorithm in NEGATIVE_ONLY and recipe.training.negative.preflight.mode != "off"
+
+
 def negative_faults(recipe: Recipe) -> list[str]:
     """What is wrong with `training.negative` in this recipe; each line begins with its key."""
     name, settings = recipe.training.algorithm, recipe.training.negative

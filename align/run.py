@@ -6,7 +6,6 @@ reference.  What is known of time and tokens is kept here and written to summary
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from align.recipe import Recipe
 from align.recipe_rl import greedy_per_prompt
 from align.records import Prompt, Sample
 from align.sampling.environment import context_length
+from align.sampling.probes import PROBE_TOKENS, Probe, choose_probes
 from align.store import RunStore
 from align.summary import build_summary, render_evaluation, render_report
 from align.training.control import Control, control_of, mask_id
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from align.sampling.engine import Sampler
     from align.training.engine import PolicyEngine
     from align.verifiers.base import ModelVerifier
-
-PROBE_PROMPTS = 4
-PROBE_TOKENS = 48
 
 
 class Run:
@@ -124,6 +121,17 @@ class Run:
     def version(self) -> int:
         """Rounds of training behind the policy: the number of the newest verified checkpoint."""
         return self.store.latest_checkpoint() or 0
+
+    @property
+    def stopped(self) -> str:
+        """Why a rule of the trainer ended training for good: a committed report says it, so a resumed run knows too."""
+        report = self.store.read_json(self.version - 1, "training") if self.version else None
+        return "" if report is None else str(report["stopped"])
+
+    @property
+    def trained(self) -> bool:
+        """Whether no round is left to train."""
+        return self.version == self.recipe.rounds.count or bool(self.stopped)
 
     def model_dir(self) -> Path:
         """Directory of the policy before the first round, after the cold start where the recipe has one."""
@@ -254,22 +262,14 @@ class Run:
             self._model_verifiers.append(in_process.build(spec, self.recipe.policy.dtype, self.model_dir))
         return self._model_verifiers[-1]
 
-    def probes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(prompt ids, response ids) on which trainer and sampler are compared: real prompts, and one sequence that
-        walks the vocabulary so that rarely used embedding rows are looked at too."""
-        prompts = self.prompts().train[:PROBE_PROMPTS]
-        found = [(p.token_ids[:1], p.token_ids[1:]) for p in prompts if len(p.token_ids) > 1]
+    def probes(self) -> list[Probe]:
+        """(prompt ids, response ids) on which trainer and sampler are compared."""
         policy, sampling = self.policy(), self.recipe.sampling
-        vocabulary = policy.vocabulary_size
         context = context_length(check_model_dir(self.model_dir())) or PROBE_TOKENS
         if self.recipe.prompts.max_tokens is not None:
             context = min(context, self.recipe.prompts.max_tokens + sampling.max_new_tokens)
-        context = min(context, sampling.engine.get("max_model_len") or context)
-        found = [pair for pair in found if len(pair[0]) + len(pair[1]) < context]
-        length = min(PROBE_TOKENS, vocabulary, context - 1)
-        stride = next(s for s in range(vocabulary // length or 1, vocabulary + 1) if math.gcd(s, vocabulary) == 1)
-        walk = tuple(i * stride % vocabulary for i in range(length))
-        return [*found, (walk[:1], walk[1:])]
+        most = sampling.engine.get("max_model_len") or context
+        return choose_probes(self.prompts().train, policy.vocabulary_size, min(context, most))
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run at most: what the learning-rate schedule spans."""

@@ -278,6 +278,8 @@ def train(run: Run, round_index: int) -> None:
                 except NotFiniteError as error:  # the message has room for the first samples only
                     run.store.commit_json(None, "not_finite", {"round": round_index, **error.report})
                     raise
+            for warning in report.warnings:
+                run.say(f"round {round_index}: {warning}")
             if report.stopped:
                 run.say(f"round {round_index}: training has ended: {report.stopped}")
             elif not report.steps:
@@ -354,8 +356,7 @@ def export(run: Run) -> None:
     """
     from align.export import export as write_export
 
-    final = run.version == run.recipe.rounds.count
-    name = "export" if final else f"export-{run.version:05d}"
+    name = "export" if run.trained else f"export-{run.version:05d}"
     if run.store.verify_directory(name) is None:
         with run.timed("export"):
             write_export(

@@ -25,7 +25,7 @@ LOOP_STAGES = ("sync", "sample", "compare", "verify", "combine", "pair", "train"
 
 def build_summary(recipe: Recipe, store: RunStore, status: str, seconds: Mapping[str, float]) -> dict[str, Any]:
     """The run's machine-readable result; the names of its keys and metrics are fixed."""
-    rounds = [_round(store, i) for i in range(recipe.rounds.count + 1)]
+    rounds, trained = [_round(store, i) for i in range(recipe.rounds.count + 1)], store.latest_checkpoint() or 0
     evaluated = [(i, r["evaluation"]) for i, r in enumerate(rounds) if r["evaluation"]]
     ensembles = [r["ensemble"] for r in rounds if r["ensemble"]]
     spent = {stage: round(s, 3) for stage, s in sorted(seconds.items())}
@@ -33,7 +33,8 @@ def build_summary(recipe: Recipe, store: RunStore, status: str, seconds: Mapping
     return {
         "name": recipe.name,
         "status": status,
-        "rounds": store.latest_checkpoint() or 0,
+        "rounds": trained,
+        "stopped": _stopped(rounds[trained - 1]) if trained else None,
         "seconds": {"total": round(sum(seconds.values()), 3), **spent},
         "sync_share": round(seconds.get("sync", 0.0) / in_loop, 5) if in_loop else None,
         "tokens": {
@@ -77,6 +78,11 @@ def _round(store: RunStore, index: int) -> dict[str, Any]:
         "eval_samples_report",
     )
     return {name: store.read_json(index, name) for name in names}
+
+
+def _stopped(found: Mapping[str, Any]) -> str | None:
+    """Why the trainer ended the run with this round, if it did."""
+    return (found["training"] or {}).get("stopped") or None
 
 
 def _total(rounds: Iterable[Mapping[str, Any]], report: str, key: str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from align.memory import DTYPE_BYTES
 from align.model_shape import ModelShape
 from align.recipe import Recipe
+from align.recipe_negative import looks_before, preflight_judge
 from align.recipe_rl import greedy_per_prompt, questions_per_prompt
 from align.training.deepspeed_config import effective_stage
 from align.training.trainers import examples_per_round, steps_per_round
@@ -75,6 +76,9 @@ def plan_stages(recipe: Recipe, policy: ModelShape, facts: PromptFacts) -> tuple
     else:  # whole groups: a prompt is computed once
         tokens = training.epochs * (rounds.prompts_per_round * facts.longest + examples * response)
     unit = "pairs" if learnt == "pairs" else "responses"
+    learned = {unit: examples * training.epochs, "steps": steps, "tokens trained": tokens}
+    if training.loss_facts.whole_step:  # a first pass over each step; KTO's is over others' responses, reference too
+        learned["tokens looked at"] = tokens * (1 if learnt == "pairs" else 2)
     stages = []
     start = recipe.cold_start
     if start is not None:
@@ -91,18 +95,31 @@ def plan_stages(recipe: Recipe, policy: ModelShape, facts: PromptFacts) -> tuple
     return (
         *stages,
         Stage("evaluate", evaluations, measured),
+        *_preflight(recipe, facts),
         Stage("sample", rounds.count, drawn),
         *([Stage("compare", rounds.count, {"questions": questions})] if questions else []),
         Stage("verify", rounds.count, {"verdicts": samples * (voters + gold)}),
         Stage("combine", rounds.count, {"scores": samples}),
         *_rollouts(recipe),
         *([Stage("pair", rounds.count, {"pairs": examples})] if learnt == "pairs" else []),
-        Stage("train", rounds.count, {unit: examples * training.epochs, "steps": steps, "tokens trained": tokens}),
+        Stage("train", rounds.count, learned),
         Stage(
             "sync", rounds.count + 1, {"bytes to each sampler": policy.parameters * DTYPE_BYTES[recipe.policy.dtype]}
         ),
         Stage("export", 1, {}),
     )
+
+
+def _preflight(recipe: Recipe, facts: PromptFacts) -> list[Stage]:
+    """The look at pass@k before negative-only training."""
+    if not looks_before(recipe):
+        return []
+    look = recipe.training.negative.preflight
+    prompts = look.prompts if facts.eval is None else min(look.prompts, facts.eval)
+    drawn = prompts * look.samples_per_prompt
+    voters = 1 if preflight_judge(recipe) == "gold" else len(recipe.verifiers)
+    counts = {"prompts": prompts, "samples": drawn, "tokens sampled": drawn * recipe.sampling.max_new_tokens}
+    return [Stage("pre-flight", 1, {**counts, "verdicts": drawn * voters})]
 
 
 def _rollouts(recipe: Recipe) -> list[Stage]:

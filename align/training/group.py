@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -36,6 +37,11 @@ from align.training.upload import upload
 Rows = Sequence[ScoredRow]
 SINGLE = ("kto", "apo_zero_unpaired")
 """Losses of one response at a time."""
+WITHOUT_Z = "of a round with one prompt, learned from with KTO's z at 0"
+NO_OTHER_PROMPT = (
+    "warning: only one prompt has a usable response, so KTO has no other prompt's to estimate its z from and takes 0: "
+    "what it trains is apo_zero_unpaired"
+)
 ORDER_ONLY = ("plackett_luce", "lipo", "ranklist", "ranklist_skip")
 """Losses to which a group of equal utilities says nothing."""
 
@@ -55,6 +61,7 @@ def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: 
     epochs = [make_steps(groups, prompts_per_step(recipe), seed, to_units) for seed in seeds]
     if name == "kto":
         epochs = [with_company(steps) for steps in epochs]
+        counts.update(without_z(epochs[0]))
     objective = _objective(engine, [step for steps in epochs for step in steps], recipe)
     rows: list[dict] = []
     for epoch, steps in enumerate(epochs):
@@ -64,7 +71,8 @@ def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: 
             row |= {"round": data.round, "epoch": epoch, "seconds": time.monotonic() - before}
             rows.append(row)
             on_step(row)
-    return mean_report(rows, responses * training.epochs, time.monotonic() - started, counts)
+    report = mean_report(rows, responses * training.epochs, time.monotonic() - started, counts)
+    return replace(report, warnings=(NO_OTHER_PROMPT,)) if counts[WITHOUT_Z] else report
 
 
 def _sample(row: ScoredRow) -> Sample:
@@ -91,6 +99,12 @@ def with_company(steps: list[list[Unit[ScoredRow]]]) -> list[list[Unit[ScoredRow
     if len(steps) < 2 or len({row.sample.prompt_id for unit in steps[-1] for row in unit.rows}) > 1:
         return steps
     return [*steps[:-2], steps[-2] + steps[-1]]
+
+
+def without_z(steps: Sequence[Sequence[Unit[ScoredRow]]]) -> dict[str, int]:
+    """How many responses KTO learns from with z = 0, because their step has no other prompt; empty where none do."""
+    alone = sum(len(unit.rows) for units in steps if not mismatches(units) for unit in units)
+    return {WITHOUT_Z: alone} if alone else {}
 
 
 def _objective(engine: PolicyEngine, steps: Sequence[Sequence[Unit]], recipe: Recipe) -> GroupObjective | KtoObjective:

@@ -43,6 +43,7 @@ class TrainReport:
     metrics: dict[str, float]  # mean over the round's steps
     counts: dict[str, int] = field(default_factory=dict)  # what was left out, by reason
     stopped: str = ""  # why training has ended for good, where a rule of the trainer says so
+    warnings: tuple[str, ...] = ()  # what the user should see
 
 
 @dataclass(frozen=True)

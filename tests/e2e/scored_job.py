@@ -1,7 +1,7 @@
 """A rank of the tests of groups and wrong answers: `python scored_job.py LAUNCH.json`, {"out": path, "jobs": {…}}.
 
 Job keys: model, training (recipe block), rounds (train until this version), save (checkpoint after the first round),
-load (go on from one), weights (write them), poison (a token id whose embedding becomes NaN).
+load (go on from one), weights (write them), poison (a token id whose embedding becomes NaN), prompts (how many).
 """
 
 from __future__ import annotations
@@ -67,15 +67,16 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     if job.get("poison"):
         with torch.no_grad():
             engine.model.get_input_embeddings().weight[job["poison"]] = float("nan")
-    samples, scores = responses()
+    samples, scores = responses(job.get("prompts", 9))
     steps: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
-    stopped, error = "", None
+    stopped, warnings, error = "", list[str](), None
     before = lean(engine, samples, scores)
     try:
         for index in range(engine.version, job.get("rounds", 2)):
             report = train_round(engine, RoundData(index, samples, scores=scores), recipe, steps.append)
             counts, stopped = report.counts or counts, report.stopped
+            warnings += report.warnings
             engine.version = index + 1
             if job.get("save") and engine.version == 1:
                 Path(job["save"]).mkdir(exist_ok=True)
@@ -89,6 +90,7 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     engine.close()
     sums = {k: float(w.double().sum()) for k, w in weights.items()}
     told = {"steps": steps, "counts": counts, "stopped": stopped, "error": error, "step": engine.step}
+    told["warnings"] = warnings
     return {**told, "weights": sums, "gain": gain, "state": dict(engine.trainer_state)}
 
 

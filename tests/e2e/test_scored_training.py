@@ -67,6 +67,7 @@ def jobs_of(ranks: int, where: Path) -> dict[str, dict[str, Any]]:
     if ranks == 1:
         found |= {name: {"training": training, "rounds": 3} for name, training in OTHERS.items()}
         found["stop"] = {"training": STOPPING, "rounds": 3, "save": str(where / "stop.save")}
+        found["alone"] = {"training": MAIN["kto"], "rounds": 1, "prompts": 1}
         found["nothing"] = {"training": CAUTIOUS, "rounds": 1}
     else:
         for name in ("nsr", "d2o"):  # one prompt a step: the other rank has nothing to compute
@@ -175,6 +176,14 @@ def test_a_round_without_a_wrong_response_takes_no_step(reports: Reports) -> Non
     (report,) = reports["nothing"]
     assert report["steps"] == [] and report["step"] == 0
     assert report["counts"]["steps with nothing to act on"] > 0
+
+
+def test_kto_of_one_prompt_is_counted_and_warned_of(reports: Reports) -> None:
+    """Its z cannot be estimated and is 0, in every step of both epochs."""
+    (alone,), (plain,) = reports["alone"], reports["kto"]
+    assert alone["steps"] and set(column(alone, "z_ref")) == {0.0} and max(column(plain, "z_ref")) > 0.0
+    assert alone["counts"]["of a round with one prompt, learned from with KTO's z at 0"] == 4
+    assert len(alone["warnings"]) == 1 and "apo_zero_unpaired" in alone["warnings"][0] and plain["warnings"] == []
 
 
 def test_the_entropy_stop_is_recorded_and_survives_a_restart(reports: Reports) -> None:

@@ -354,6 +354,33 @@ def test_stages_by_hand() -> None:
     assert stages["cold start"].counts == {"examples": 320, "steps": 10, "tokens trained": 320 * 16}
 
 
+def test_the_samples_of_a_pre_flight_by_hand() -> None:
+    """30 prompts are held out, 16 samples each of at most 8 tokens; gold judges alone, or the two verifiers do."""
+    look = {"prompts": 40, "samples_per_prompt": 16}
+    for judge, voters in (("gold", 1), ("ensemble", 2)):
+        block: Any = {"preflight": {**look, "judge": judge}}
+        plan = tiny_plan(training=Training(algorithm="nsr", negative=block), pairs=Pairs())
+        stages = {stage.name: stage for stage in plan.stages}
+        assert list(stages)[1:4] == ["evaluate", "pre-flight", "sample"] and stages["pre-flight"].times == 1
+        expected = {"prompts": 30, "samples": 480, "tokens sampled": 3840, "verdicts": 480 * voters}
+        assert stages["pre-flight"].counts == expected
+        assert plan.total("tokens sampled") == 5 * 6400 + 4 * 120 * 8 + 3840
+    off: Any = {"preflight": {"mode": "off"}}
+    plain = tiny_plan(training=Training(algorithm="nsr", negative=off), pairs=Pairs())
+    assert "pre-flight" not in [stage.name for stage in plain.stages]
+
+
+def test_first_passes_over_a_step_by_hand() -> None:
+    """Two epochs: KTO's 100 prompts of 8 and 800 responses of 8 tokens a second and a third time, for policy and
+    reference; Dr. DPO's 400 pairs of 24 tokens a second time; DPO's never."""
+    kto: Any = {"name": "kto"}
+    plan = tiny_plan(training=Training(algorithm="group", loss=kto, epochs=2), pairs=Pairs())
+    counts = {stage.name: stage.counts for stage in plan.stages}["train"]
+    assert counts["tokens trained"] == 2 * (800 + 6400) and counts["tokens looked at"] == 2 * 2 * (800 + 6400)
+    coupled = {stage.name: stage.counts for stage in tiny_plan(training={"loss": {"name": "dr_dpo"}}).stages}["train"]
+    assert coupled["tokens looked at"] == coupled["tokens trained"] == 800 * 24
+
+
 def test_a_judges_questions_by_hand() -> None:
     """100 prompts of 8 responses: 8 x 7 ordered pairs each, in five rounds; against the greedy one 2 x 8."""
     judge = {"kind": "judge", "name": "referee", "model": "m", "mode": "pairwise", "endpoint": "http://localhost/v1"}

@@ -128,6 +128,15 @@ def test_what_would_not_be_read_or_cannot_be_is_refused_by_key(
     assert [line.split(": ")[0] for line in lines] == [key]
 
 
+def test_kto_of_one_prompt_a_round_is_refused() -> None:
+    given = recipe("group", loss={"name": "kto"}).model_dump()
+    given["rounds"]["prompts_per_round"] = 1
+    with pytest.raises(ValidationError, match="rounds.prompts_per_round: kto compares .* apo_zero_unpaired"):
+        Recipe.model_validate(given)
+    given["training"]["loss"]["name"] = "apo_zero_unpaired"
+    assert Recipe.model_validate(given).rounds.prompts_per_round == 1
+
+
 @pytest.mark.parametrize("algorithm", ["nsr", "psr", "w_reinforce"])
 def test_samples_of_another_distribution_are_refused(algorithm: str) -> None:
     with pytest.raises(ValidationError, match="sampling.top_p: "):

@@ -10,7 +10,7 @@ from typing import Any
 from align.recipe import Recipe
 from align.recipe_negative import Negative
 from align.records import Sample, Score
-from align.training.group import mismatches, usable, with_company
+from align.training.group import WITHOUT_Z, mismatches, usable, with_company, without_z
 from align.training.negative import Step, _look_at_entropy, _steps, against_worst, signs
 from align.training.scored import ScoredRow, split_units
 
@@ -72,6 +72,12 @@ def test_kto_s_last_prompt_is_not_left_alone() -> None:
     assert with_company([p + q, r]) == [p + q + r]
     assert with_company([p, q + r]) == [p, q + r]
     assert with_company([p]) == [p] and with_company([]) == []
+
+
+def test_a_round_of_one_prompt_is_counted_as_having_no_z() -> None:
+    p, q = (split_units(rows(name, [0.9, 0.2, 0.4]), lambda row: row.sample, 4) for name in "pq")
+    assert len(p) > 1 and without_z(with_company([p])) == {WITHOUT_Z: 3}
+    assert without_z(with_company([p + q])) == {} == without_z([])
 
 
 # ---- wrong answers ---------------------------------------------------------------------------------------------------

@@ -96,7 +96,9 @@ def test_the_judge_answers_no_question_twice(runs: dict[int, Path]) -> None:
         gains = [(strength[a, b] - strength[b, a]) / 2 for a, b in strength if a == name]
         assert value == pytest.approx(sum(gains) / 3, abs=1e-12)
     counted = read_summary(runs[1])["verifiers"]["referee"]["counted"]
-    assert counted["requests"] == 288 * 2 and counted["compared"] == 144  # a request a word
+    before = 8 * 2  # the evaluation of round 0: 8 prompts of 2 responses
+    assert counted["requests"] == 2 * (288 + before)  # a request a word
+    assert counted["compared"] == (288 + before) / 2
 
 
 def test_the_advantages_follow_the_judge_and_not_p_good(runs: dict[int, Path]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.training.groups import PADDING, PackedBatch
+from align.training.packing import PADDING, PackedBatch
 
 ATTENTION = "align_packed"  # the name under which transformers finds `packed_attention`
 

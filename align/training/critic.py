@@ -22,8 +22,8 @@ from align.errors import InputError
 from align.model_files import resolve_model
 from align.recipe import Recipe
 from align.training import attention, model, trunk
-from align.training.groups import PackedBatch
 from align.training.logps import TokenLogProbs
+from align.training.packing import PackedBatch
 from align.training.sharded import Sequence_, ShardedModel
 from align.verifiers.reward_model import check_scorer
 

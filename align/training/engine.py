@@ -24,8 +24,8 @@ from align.recipe import Recipe
 from align.training import checkpoint, freezing, model, moving_reference, weights_view
 from align.training.deepspeed_config import reference_config
 from align.training.exact_kl import OtherHead
-from align.training.groups import PackedBatch
 from align.training.logps import HeadOptions, TokenLogProbs
+from align.training.packing import PackedBatch
 from align.training.sharded import FLEX_BLOCK, Sequence_, ShardedModel, dummy_batch, start_device
 
 if TYPE_CHECKING:

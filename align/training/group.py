@@ -25,10 +25,10 @@ from align.recipe import Recipe
 from align.records import Sample
 from align.training.engine import PolicyEngine, Sequence_
 from align.training.first_look import response_sums_of, sequence_sums
-from align.training.groups import PackedBatch
 from align.training.logps import TokenLogProbs
 from align.training.losses.groupwise import GroupBatch, kendall_tau
 from align.training.losses.unpaired import reference_point
+from align.training.packing import PackedBatch
 from align.training.scored import ScoredRow, make_steps, rows_of, scored_groups, split_units, whole_unit
 from align.training.steps import Part, PlainObjective, TrainReport, Unit, mean_report, response_totals, train_step
 from align.training.trainers import OnStep, RoundData, prompts_per_step

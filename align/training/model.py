@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from align.errors import InputError
 from align.training import attention, trunk
 from align.training.exact_kl import exact_kl
-from align.training.groups import PackedBatch
 from align.training.logps import HeadOptions, token_logprobs
+from align.training.packing import PackedBatch
 
 if TYPE_CHECKING:
     from align.recipe import Lora

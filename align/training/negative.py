@@ -33,9 +33,9 @@ from align.recipe_negative import Negative
 from align.records import Sample
 from align.training.engine import PolicyEngine
 from align.training.first_look import response_sums_of, response_tokens_of
-from align.training.groups import PackedBatch
 from align.training.logps import TokenLogProbs, per_response
 from align.training.losses.negative import TokenBatch
+from align.training.packing import PackedBatch
 from align.training.scored import ScoredRow, make_steps, per_token, rows_of, scored_groups, split_units, whole_unit
 from align.training.steps import Part, PlainObjective, TrainReport, Unit, mean_report, response_totals, train_step
 from align.training.trainers import OnStep, RoundData, prompts_per_step

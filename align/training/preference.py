@@ -26,11 +26,11 @@ from torch import Tensor
 from align.recipe import Recipe
 from align.records import Pair, Sample
 from align.training.engine import PolicyEngine
-from align.training.groups import Group, PackedBatch
 from align.training.logps import TokenLogProbs, per_response
 from align.training.losses.divergence import with_divergence
 from align.training.losses.pairs import PairBatch
 from align.training.losses.tokens import wpo_log_weights
+from align.training.packing import Group, PackedBatch
 from align.training.pair_sums import PairSums, ld_totals, pair_sums
 from align.training.steps import (
     Part,

@@ -20,9 +20,9 @@ from align.recipe import Recipe
 from align.recipe_rl import PolicyGradient
 from align.training import kl
 from align.training.engine import PolicyEngine
-from align.training.groups import PackedBatch
 from align.training.logps import TokenLogProbs
 from align.training.losses import policy_gradient as losses
+from align.training.packing import PackedBatch
 from align.training.rollouts import Estimates, Rollouts
 from align.training.steps import Part, PlainObjective, Unit, response_totals
 from align.training.upload import upload

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from align.records import Sample, Score
-from align.training.groups import Group, PackedBatch
+from align.training.packing import Group, PackedBatch
 from align.training.steps import Unit
 from align.training.trainers import RoundData
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from align.errors import InputError
 from align.recipe import Recipe
 from align.training.deepspeed_config import deepspeed_config, effective_stage
-from align.training.groups import Group, PackedBatch, lay_out, plan_batches
 from align.training.host_memory import keep_freed_memory
+from align.training.packing import Group, PackedBatch, lay_out, plan_batches
 from align.training.schedule import factor
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from torch import Tensor
 from align.errors import NotFiniteError
 from align.recipe import Recipe
 from align.training.engine import PolicyEngine, dummy_batch
-from align.training.groups import Group, PackedBatch, Plan, lay_out, plan_batches
 from align.training.logps import TokenLogProbs, per_response
+from align.training.packing import Group, PackedBatch, Plan, lay_out, plan_batches
 from align.training.upload import upload
 
 Row = TypeVar("Row")

@@ -27,9 +27,9 @@ from align.records import content_id
 from align.training import aligned, control, targets
 from align.training.engine import PolicyEngine
 from align.training.first_look import response_sums_of
-from align.training.groups import PackedBatch
 from align.training.logps import TokenLogProbs, per_response
 from align.training.losses.supervised import TokenBatch
+from align.training.packing import PackedBatch
 from align.training.scored import per_token, rows_of, split_units, whole_unit
 from align.training.steps import Part, PlainObjective, TrainReport, Unit, mean_report, response_totals, train_step
 from align.training.targets import Groups, Target

@@ -17,7 +17,7 @@ import torch
 
 from align.records import content_id
 from align.training.control import mask_id
-from align.training.groups import PackedBatch
+from align.training.packing import PackedBatch
 
 if TYPE_CHECKING:
     from align.recipe import Recipe

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from align.training import attention
-from align.training.groups import PackedBatch
+from align.training.packing import PackedBatch
 
 PLAIN_LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 """Layers that are x + attention(norm(x)), then x + mlp(norm(x)), with rotary positions.  Others compute everything."""

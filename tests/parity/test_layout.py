@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from align.training import attention
-from align.training.groups import Group, pack
 from align.training.logps import HeadOptions, per_response
 from align.training.model import PolicyNetwork, load_network
+from align.training.packing import Group, pack
 
 GROUPS = [
     Group((3, 4, 5, 6, 7), ((8, 9, 1), (10, 1), (8, 9, 9, 9, 1))),

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from align.recipe import Recipe
 from align.records import Pair
 from align.training import attention, trunk
-from align.training.groups import Group, PackedBatch, pack
 from align.training.logps import HeadOptions, TokenLogProbs
 from align.training.model import PolicyNetwork
+from align.training.packing import Group, PackedBatch, pack
 from align.training.preference import PairRow, PreferenceObjective
 from align.training.rl_objectives import Columns, ResponseRow, TokenObjective
 from align.training.rollouts import Estimates

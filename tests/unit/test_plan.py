@@ -211,9 +211,9 @@ def test_zero_3_keeps_gathered_weights_for_the_backward_pass(qwen: ModelShape) -
 def kept_by_autograd(config: Any, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes that backward keeps of one packed batch beside the weights, response tokens of the batch)."""
     from align.training.attention import ATTENTION, register
-    from align.training.groups import Group, lay_out, plan_batches
     from align.training.logps import HeadOptions
     from align.training.model import PolicyNetwork
+    from align.training.packing import Group, lay_out, plan_batches
 
     register()
     network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION).train()

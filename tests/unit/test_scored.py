@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from align.records import Sample, Score
-from align.training.groups import lay_out, plan_batches
+from align.training.packing import lay_out, plan_batches
 from align.training.scored import make_steps, per_token, rows_of, scored_groups, split_units, whole_unit
 from align.training.trainers import RoundData
 

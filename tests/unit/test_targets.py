@@ -16,7 +16,7 @@ from align.recipe_supervised import Supervised
 from align.records import Prompt, Sample, Score
 from align.training import targets
 from align.training.control import Control, control_of, dropped, mask_id
-from align.training.groups import Group, lay_out, plan_batches
+from align.training.packing import Group, lay_out, plan_batches
 from align.training.scratch import build_tokenizer
 from align.training.supervised import cut_into_steps
 from align.training.targets import Groups, Target

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.training.attention import common_starts, cut_into_blocks, dense_mask, flex_mask, packed_attention
-from align.training.groups import PADDING, Group, lay_out, pack, plan_batches
+from align.training.packing import PADDING, Group, lay_out, pack, plan_batches
 
 EXAMPLE = Group(prompt=(4, 5, 15), responses=((8, 1), (9, 9, 1)))
 

@@ -64,14 +64,15 @@ def _ask_shards(run: Run, round_index: int, name: str, prompts: Mapping[str, Pro
     pending = ranks.broadcast([i for i in range(len(shards)) if not store.shard_done(round_index, STAGE, i)])
     most = len(prompts) * questions_per_prompt(recipe)
     run.say(f"round {round_index}: {name} is asked {most:,} questions about two responses (training.reward.judge)")
-    with ranks.stage(STAGE):
+    with run.timed("compare"), ranks.stage(STAGE):
+        judge = _judge(run, name)
         mine = pending[ranks.rank :: ranks.world_size]
         label, total = f"round {round_index}: {STAGE}", sum(len(shards[i]) for i in mine)
         with track(label, total=total, unit="samples") as bar:
             for i in mine:
                 shown = dict(zip((s.id for s in shards[i]), items(shards[i], dict(prompts)), strict=True))
                 asked = [(shown[a], shown[b]) for a, b in questions(recipe.training.algorithm, shards[i])]
-                rows = comparisons(name, asked, answers(_judge(run, name), asked), _sign(run, name))
+                rows = comparisons(name, asked, answers(judge, asked), _sign(run, name))
                 store.commit_shard(round_index, STAGE, i, rows)
                 bar.advance(len(shards[i]))
                 reach("score.comparisons.shard")

@@ -117,8 +117,7 @@ def score(run: Run, round_index: int) -> None:
     """
     run.require(round_index, "samples", "align sample")
     prompts = {p.id: p for p in run.round_prompts(round_index)}
-    with run.timed("compare"):
-        compare(run, round_index, prompts)
+    compare(run, round_index, prompts)
     with run.timed("verify"):
         _verify_shards(run, round_index, "samples", "verdicts", prompts)
         verify_labels(run)

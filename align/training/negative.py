@@ -8,7 +8,7 @@ sets the policy's own good responses to a prompt against its worst one, and its 
 
 A step without anything to act on, such as one where all answers are right, is passed over and counted.  Where the
 entropy of a token falls below `entropy_stop` of what it was in the first step of the run, training ends for good: the
-stop is part of the checkpoint, so a resumed run keeps it.
+stop is part of the checkpoint, so a resumed run keeps it, and of the round's report, so the loop begins no round after.
 
 Legend: N response tokens, K responses, G prompts of a micro-batch.
 """

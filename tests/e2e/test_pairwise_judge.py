@@ -22,23 +22,25 @@ pytestmark = pytest.mark.engine
 JUDGE = "  - {{kind: judge, name: referee, mode: pairwise, least_mass: 0.0, model: {model}}}"
 TRAINING = """
 training:
-  algorithm: pairwise_grpo
+  algorithm: {algorithm}
   learning_rate: 1e-3
   responses_per_step: 32
   tokens_per_batch: 256
   zero_stage: 2
-  reward: {judge: referee}
+  reward: {{judge: referee}}
 """
 
 
-def write_recipe(folder: Path, model: Path) -> Path:
+def write_recipe(folder: Path, model: Path, algorithm: str = "pairwise_grpo") -> Path:
     """The tiny recipe, one round, with the judge among its verifiers."""
     folder.mkdir()
     lines = TINY.format(output=folder / "runs").splitlines()
     kept = [line for line in lines if not line.startswith(("pairs:", "training:", "rounds:"))]
     kept.insert(kept.index("ensemble: {method: dawid_skene}"), JUDGE.format(model=model))
     file = folder / "tiny.yaml"
-    file.write_text("\n".join(kept) + TRAINING + "rounds: {count: 1, prompts_per_round: 24}\n")
+    file.write_text(
+        "\n".join(kept) + TRAINING.format(algorithm=algorithm) + "rounds: {count: 1, prompts_per_round: 24}\n"
+    )
     return file
 
 

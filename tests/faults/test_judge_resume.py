@@ -14,7 +14,7 @@ from tests.e2e.test_pairwise_judge import rows, steps, write_recipe
 pytestmark = pytest.mark.engine
 
 POINTS = [
-    "store.shard.before_rename:6",  # answers written, not yet under their name: 2 evaluation and 3 sample shards before
+    "store.shard.before_rename:7",  # answers written, not yet under their name; 3 of evaluation and 3 of samples before
     "store.ledger.before_rename:1",  # answers there, and nothing yet that says so
     "score.comparisons.shard:1",
     "score.comparisons.after",
@@ -26,8 +26,9 @@ def weights(run_dir: Path) -> str:
 
 
 def test_killed_while_comparing_ends_the_same(tmp_path: Path, align: Callable) -> None:
+    """pairwise_ppo: 24 prompts of 4 responses, each against the greedy one, in both orders; and a critic."""
     model = make_language_model(tmp_path / "referee")
-    straight, broken = (write_recipe(tmp_path / name, model) for name in ("straight", "broken"))
+    straight, broken = (write_recipe(tmp_path / name, model, "pairwise_ppo") for name in ("straight", "broken"))
     done = align("run", straight)
     assert done.status == 0, done.err
     expected, found = straight.parent / "runs" / "tiny", broken.parent / "runs" / "tiny"
@@ -39,6 +40,12 @@ def test_killed_while_comparing_ends_the_same(tmp_path: Path, align: Callable) -
     last = align("run", broken)
     assert last.status == 0, last.err
     assert rows(found, "comparisons") == rows(expected, "comparisons")
+    assert len(rows(found, "comparisons")) == 24 * 4 * 2
+    verdicts = [
+        [(r["sample_id"], r["verifier"], r["value"], r["reason"]) for r in rows(d, "verdicts")]
+        for d in (expected, found)
+    ]
+    assert verdicts[0] == verdicts[1]  # those of the judge are made of the kept answers and of further ones
     files = [sorted(run_dir.glob("rounds/00000/comparisons-*.parquet")) for run_dir in (expected, found)]
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]] and len(files[0]) == 3
     assert weights(found) == weights(expected)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STAGE, REPORT = "comparisons", "comparing"
 
 
-def compare(run: Run, round_index: int, prompts: Mapping[str, Prompt]) -> None:
+def compare(run: Run, round_index: int, prompts: dict[str, Prompt]) -> None:
     """Ask about the shards of samples that have no committed answers yet; nothing where no judge is named.
 
     Collective.
@@ -42,7 +42,7 @@ def compare(run: Run, round_index: int, prompts: Mapping[str, Prompt]) -> None:
         _ask_shards(run, round_index, name, prompts)
         reach("score.comparisons.after")
     if run.ranks.rank == 0 and store.read_json(round_index, REPORT) is None:
-        told = report(name, run.read(round_index, STAGE))
+        told = report(name, run.read(round_index, STAGE), _sign(run, name))
         run.keep(round_index, REPORT, told)
         run.say(f"round {round_index}: {explain(told)}")
     if not store.stage_done(round_index, "verdicts"):
@@ -55,7 +55,7 @@ def compare(run: Run, round_index: int, prompts: Mapping[str, Prompt]) -> None:
         )
 
 
-def _ask_shards(run: Run, round_index: int, name: str, prompts: Mapping[str, Prompt]) -> None:
+def _ask_shards(run: Run, round_index: int, name: str, prompts: dict[str, Prompt]) -> None:
     from align.stages import items
 
     store, ranks, recipe = run.store, run.ranks, run.recipe
@@ -70,7 +70,7 @@ def _ask_shards(run: Run, round_index: int, name: str, prompts: Mapping[str, Pro
         label, total = f"round {round_index}: {STAGE}", sum(len(shards[i]) for i in mine)
         with track(label, total=total, unit="samples") as bar:
             for i in mine:
-                shown = dict(zip((s.id for s in shards[i]), items(shards[i], dict(prompts)), strict=True))
+                shown = dict(zip((s.id for s in shards[i]), items(shards[i], prompts), strict=True))
                 asked = [(shown[a], shown[b]) for a, b in questions(recipe.training.algorithm, shards[i])]
                 rows = comparisons(name, asked, answers(judge, asked), _sign(run, name))
                 store.commit_shard(round_index, STAGE, i, rows)
@@ -141,10 +141,11 @@ def comparisons(
     return rows
 
 
-def report(name: str, rows: Sequence[Comparison]) -> dict[str, Any]:
+def report(name: str, rows: Sequence[Comparison], sign: float) -> dict[str, Any]:
     """What the summary tells: questions, unread answers by reason, and the liking for the first place.
 
-    That liking is the mean of (D_ij + D_ji) / 2 over the pairs that were answered both ways, 0 for a fair judge.
+    That liking is the mean of (D_ij + D_ji) / 2 over the pairs that were answered both ways, 0 for a fair judge; `sign`
+    is -1 where the answers were turned.
     """
     known = {(row.first_id, row.second_id): row.strength for row in rows if row.strength is not None}
     both = [(value + known[j, i]) / 2 for (i, j), value in known.items() if i < j and (j, i) in known]
@@ -154,7 +155,7 @@ def report(name: str, rows: Sequence[Comparison]) -> dict[str, Any]:
         "questions": len(rows),
         "unread": len(rows) - len(known),
         "pairs_both_ways": len(both),
-        "first_place": sum(both) / len(both) if both else None,
+        "first_place": sign * sum(both) / len(both) if both else None,
         "reasons": dict(reasons.most_common(10)),
     }
 

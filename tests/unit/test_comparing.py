@@ -76,11 +76,12 @@ def test_the_report_counts_what_was_not_read_and_the_liking_for_the_first_place(
         Comparison("a", "a0", "a2", "referee", 1.0, None),
         Comparison("a", "a2", "a0", "referee", None, "busy"),
     ]
-    told = comparing.report("referee", rows)
+    told = comparing.report("referee", rows, 1.0)
     assert told.pop("first_place") == pytest.approx(0.2)
     assert told == {"judge": "referee", "questions": 4, "unread": 1, "pairs_both_ways": 1, "reasons": {"busy": 1}}
     line = comparing.explain({**told, "first_place": 0.2})
     assert line == (
         "referee answered 3 of 4 questions about two responses; liking for the first place +0.200, 1 x busy"
     )
-    assert comparing.report("referee", [])["first_place"] is None
+    assert comparing.report("referee", [], 1.0)["first_place"] is None
+    assert comparing.report("referee", rows, -1.0)["first_place"] == pytest.approx(-0.2)

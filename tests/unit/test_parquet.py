@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.errors import RunError
-from align.records import Pair, Sample, Score, Verdict
+from align.records import Comparison, Pair, Sample, Score, Verdict
 from align.storage import parquet
 from align.storage.parquet import decode, encode, identity, schema
 
@@ -28,6 +28,7 @@ RECORDS = {
         st.lists(FINITE | st.just(-math.inf), max_size=6).map(tuple), TEXT, TEXT, FINITE, FINITE, SMALL, SMALL,
     ),
     Verdict: st.builds(Verdict, TEXT, TEXT, st.none() | FINITE, st.none() | TEXT, FINITE),
+    Comparison: st.builds(Comparison, TEXT, TEXT, TEXT, TEXT, st.none() | FINITE, st.none() | TEXT),
     Score: st.builds(Score, TEXT, TEXT, FINITE, FINITE, FINITE, SMALL),
     Pair: st.builds(Pair, TEXT, TEXT, TEXT, TEXT, FINITE, FINITE, FINITE, FINITE, TEXT),
 }  # fmt: skip
@@ -71,7 +72,8 @@ def test_a_log_prob_from_a_float32_costs_no_more_than_one() -> None:
 def test_the_schema_has_every_field_and_says_what_it_is(kind: type) -> None:
     assert [f.name for f in fields(kind)] == schema(kind).names
     assert schema(kind).metadata == {b"align.record": kind.__name__.encode(), b"align.version": b"1"}
-    assert [f.name for f in schema(kind) if f.nullable] == (["value", "reason"] if kind is Verdict else [])
+    silent = {Verdict: ["value", "reason"], Comparison: ["strength", "reason"]}
+    assert [f.name for f in schema(kind) if f.nullable] == silent.get(kind, [])
 
 
 def test_the_file_is_compressed_and_self_describing(tmp_path: Path) -> None:

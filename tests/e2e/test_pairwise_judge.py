@@ -69,7 +69,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         asked = "round 0: referee is asked 288 questions about two responses (training.reward.judge)"
-        assert asked in done.stdout + done.stderr
+        for line in (asked, "plan: referee is asked 288 questions about two responses a round, 288 in all"):
+            assert line in done.stdout + done.stderr
         found[ranks] = recipe.parent / "runs" / "tiny"
     return found
 

@@ -70,8 +70,8 @@ class Negative(Block):
     entropy_bonus: NonNegative = 0.0
     """Factor of the mean token entropy that is taken off the loss; the paper's code has 0.001."""
     entropy_stop: Fraction | None = None
-    """Stop training for good once the token entropy is below this share of the first step's.
-    Default: 0.25 for d2o, never for the others."""
+    """Stop training for good once the token entropy is below this share of the first step's; the run ends with that
+    round. Default: 0.25 for d2o, never for the others."""
     self_samples: Count = 11
     """D2O: at most this many of the policy's own responses stand against a wrong one."""
     self_from: Fraction = 0.5

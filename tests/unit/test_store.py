@@ -114,7 +114,7 @@ def test_a_stage_needs_all_its_shards(store: RunStore) -> None:
 
 
 def test_unknown_stages_and_wrong_rows_are_bugs(store: RunStore) -> None:
-    with pytest.raises(ValueError, match="no stage 'sample'; there are samples, verdicts"):
+    with pytest.raises(ValueError, match="no stage 'sample'; there are samples, comparisons, verdicts"):
         store.stage_done(0, "sample")
     with pytest.raises(ValueError, match=r"scores-00000.parquet: row 0 is a Verdict, not a Score"):
         store.commit_shard(0, "scores", 0, [Verdict("a", "v", 1.0, None)])

@@ -14,11 +14,10 @@ from tests.e2e.test_pairwise_judge import rows, steps, write_recipe
 pytestmark = pytest.mark.engine
 
 POINTS = [
-    "store.shard.before_rename:7",  # answers written, not yet under their name; 3 of evaluation and 3 of samples before
-    "store.ledger.before_rename:1",  # answers there, and nothing yet that says so
-    "score.comparisons.shard:1",
+    "store.ledger.before_rename:8",  # one shard of answers is committed, the next is there and nothing says so
     "score.comparisons.after",
 ]
+"""Six ledger entries come before: three of the evaluation, three of the samples."""
 
 
 def weights(run_dir: Path) -> str:
@@ -32,9 +31,10 @@ def test_killed_while_comparing_ends_the_same(tmp_path: Path, align: Callable) -
     done = align("run", straight)
     assert done.status == 0, done.err
     expected, found = straight.parent / "runs" / "tiny", broken.parent / "runs" / "tiny"
-    for point in POINTS:
+    for point, shards in zip(POINTS, (1, 3), strict=True):
         killed = align("run", broken, fault=point)
         assert killed.status not in (0, 2), f"{point} was not reached:\n{killed.out}\n{killed.err}"
+        assert len(list(found.glob("rounds/00000/comparisons-*.json"))) == shards
         kept = rows(found, "comparisons")
         assert len(kept) == len({(r["first_id"], r["second_id"]) for r in kept})
     last = align("run", broken)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from align.ensemble.normalise import blocks
 from align.ensemble.table import VerdictTable
 
 
@@ -52,14 +53,21 @@ def weighted_rates(votes: np.ndarray, p_good: np.ndarray, pseudo: float, tilt: f
     `pseudo` votes of which `tilt` are right are added to each count, so a verifier that was never heard is thought a
     little better than chance.  Without pseudo-votes a verifier that was never heard has rate NaN.
     """
-    heard = ~np.isnan(votes)
-    good = np.nan_to_num(p_good, nan=0.0)
-    bad = np.nan_to_num(1.0 - p_good, nan=0.0)
-    yes = np.where(heard, votes, 0.0)
+    heard, yes = weighted_votes(votes, np.nan_to_num(np.vstack([p_good, 1.0 - p_good])))
     with np.errstate(invalid="ignore"):
-        tpr = (good @ yes + pseudo * tilt) / (good @ heard + pseudo)
-        tnr = (bad @ (heard - yes) + pseudo * tilt) / (bad @ heard + pseudo)
+        tpr = (yes[0] + pseudo * tilt) / (heard[0] + pseudo)
+        tnr = (heard[1] - yes[1] + pseudo * tilt) / (heard[1] + pseudo)
     return tpr, tnr
+
+
+def weighted_votes(votes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[K, M] each: for each of the weights [K, N], their sum where a verifier of votes [N, M] speaks, and says yes."""
+    heard, yes = np.zeros((2, len(weights), votes.shape[1]))
+    for rows in blocks(len(votes)):
+        present = ~np.isnan(votes[rows])
+        heard += weights[:, rows] @ present.astype(float)
+        yes += weights[:, rows] @ np.where(present, votes[rows], 0.0)
+    return heard, yes
 
 
 def shrink(mean: np.ndarray, voters: np.ndarray, pseudo: float) -> np.ndarray:

@@ -38,7 +38,7 @@ class Channel:
     1.0]), columns=(3,))
     """
 
-    codes: np.ndarray  # [N] level of each sample, -1 where the channel is silent
+    codes: np.ndarray  # [N] int8: level of each sample, -1 where the channel is silent
     levels: np.ndarray  # [L] how favourable each level is, 0 to 1: the mean normalised verdict in it
     columns: tuple[int, ...]  # the table's columns that it was made of
     weight: float = 1.0  # factor on its log-likelihood
@@ -69,11 +69,13 @@ def channels(table: VerdictTable, silence: bool = False) -> list[Channel]:
 def _vote(vote: np.ndarray, columns: tuple[int, ...], silence: bool) -> Channel:
     """[N] of 0, 1, NaN: two levels; with `silence` and a single answer, that answer and silence at one half."""
     heard = ~np.isnan(vote)
-    said = vote[heard]
-    if silence and len(said) and 0 < len(said) < len(vote) and said.min() == said.max():
-        levels = np.array([0.5, said[0]]) if said[0] == 1.0 else np.array([said[0], 0.5])
-        return Channel(np.where(heard, int(said[0]), 1 - int(said[0])), levels, columns)
-    return Channel(np.where(heard, vote, -1).astype(np.int64), np.array([0.0, 1.0]), columns)
+    codes = np.where(heard, vote, -1.0).astype(np.int8)
+    no, yes = (int(np.count_nonzero(codes == level)) for level in (0, 1))
+    if silence and 0 < no + yes < len(vote) and not (no and yes):
+        only = int(yes > 0)
+        levels = np.array([0.5, 1.0]) if only else np.array([0.0, 0.5])
+        return Channel(np.where(heard, np.int8(only), np.int8(1 - only)), levels, columns)
+    return Channel(codes, np.array([0.0, 1.0]), columns)
 
 
 def _joint(votes: np.ndarray, columns: tuple[int, ...]) -> Channel:
@@ -82,7 +84,7 @@ def _joint(votes: np.ndarray, columns: tuple[int, ...]) -> Channel:
     patterns, inverse = np.unique(np.where(np.isnan(votes), 2.0, votes)[heard], axis=0, return_inverse=True)
     if len(patterns) > MAX_JOINT_LEVELS:
         return _graded(row_mean(votes), columns)
-    codes = np.full(len(votes), -1)
+    codes = np.full(len(votes), -1, dtype=np.int8)
     codes[heard] = inverse.ravel()
     return Channel(codes, row_mean(np.where(patterns == 2.0, np.nan, patterns)), columns)
 
@@ -98,7 +100,7 @@ def _graded(values: np.ndarray, columns: tuple[int, ...]) -> Channel:
         count = int(np.clip(heard.sum() // ROWS_PER_LEVEL, 2, MAX_LEVELS))
         keys = np.floor(ranks[heard] * count)
     _, inverse = np.unique(keys, return_inverse=True)
-    codes = np.full(len(values), -1)
+    codes = np.full(len(values), -1, dtype=np.int8)
     codes[heard] = inverse
     share = np.bincount(inverse)
     return Channel(codes, np.bincount(inverse, ranks[heard]) / np.maximum(share, 1), columns)

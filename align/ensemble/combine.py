@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from align.ensemble.base import Fit, LabelModel, weighted_rates
+from align.ensemble.base import Fit, LabelModel, weighted_rates, weighted_votes
 from align.ensemble.calibrate import PairProbability, cautious
 from align.ensemble.channels import channels
 from align.ensemble.dawid_skene import MIN_SUPPORT, DawidSkene
@@ -114,7 +114,7 @@ def combine(table: VerdictTable, settings: Ensemble, labels: Mapping[str, bool] 
         p_good=p_good,
         reward=p_good,
         spread=row_spread(values),
-        voters=(~np.isnan(table.values)).sum(axis=1),
+        voters=table.voters,
         method=choice.method,
         why=choice.why,
         class_balance=diagnostics.get("balance", choice.fit.balance),
@@ -189,15 +189,15 @@ def _all_rates(table: VerdictTable, fit: Fit, p_good: np.ndarray) -> tuple[np.nd
 
 def _estimates(table: VerdictTable, balance: float, tpr: np.ndarray, tnr: np.ndarray) -> tuple[VerifierEstimate, ...]:
     votes = binarise(table, balance)
-    heard = ~np.isnan(votes)
-    positive = np.where(heard, votes, 0.0).sum(axis=0) / np.maximum(heard.sum(axis=0), 1)
+    heard, yes = (found[0] for found in weighted_votes(votes, np.ones((1, len(votes)))))
+    positive = yes / np.maximum(heard, 1.0)
     return tuple(
         VerifierEstimate(
             name=name,
             accuracy=float(balance * tpr[j] + (1.0 - balance) * tnr[j]),
             tpr=float(tpr[j]),
             tnr=float(tnr[j]),
-            coverage=float(heard[:, j].mean()) if len(heard) else 0.0,
+            coverage=float(heard[j] / max(len(votes), 1)),
             positive_rate=float(positive[j]),
             failures=dict(table.failures[j]) if table.failures else {},
         )

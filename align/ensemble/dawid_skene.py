@@ -81,14 +81,17 @@ class DawidSkene:
         return replace(fit, warnings=fit.warnings + (said,))
 
     def _fit_once(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
-        voters = (~np.isnan(table.values)).sum(axis=1)
-        if not voters.any():
+        heard = table.voters > 0
+        if not heard.any():
             return replace(nothing(table), diagnostics={"support": 0.0, "leader": 0.0})
-        made, em, evidence, learnt = self.learn(table, labels)
-        p_good = sigmoid(np.log(em.balance) - np.log1p(-em.balance) + evidence.sum(axis=1))
-        p_good = np.where(voters > 0, p_good, np.nan)
+        made, em, learnt = self.learn(table, labels)
+        said = level_log_odds(made, em, MAX_LOG_ODDS)
+        evidence = np.zeros(len(heard))
+        for channel, levels in zip(made, said, strict=True):
+            evidence += levels[channel.codes]
+        p_good = np.where(heard, sigmoid(np.log(em.balance) - np.log1p(-em.balance) + evidence), np.nan)
         votes = binarise(table, em.balance)
-        tpr, tnr = weighted_rates(votes, np.where(voters > 0, em.p_good, np.nan), self.pseudo, TILT)
+        tpr, tnr = weighted_rates(votes, np.where(heard, em.p_good, np.nan), self.pseudo, TILT)
         residual, one, other = residual_dependence(table, votes, em.balance, tpr, tnr)
         warnings = worse_than_chance(table.names, tpr, tnr)
         if not em.converged:
@@ -98,7 +101,7 @@ class DawidSkene:
                 f"{one} and {other} agree in a way that the model does not explain (residual correlation "
                 f"{residual:.2f}): if they share a source of error, give them the same `family`",
             )
-        leader, support = support_of_others(table, made, evidence, p_good, learnt)
+        leader, support = support_of_others(table, made, said, p_good, learnt)
         diagnostics = {
             "iterations": float(em.iterations),
             "converged": float(em.converged),
@@ -110,24 +113,24 @@ class DawidSkene:
 
     def learn(
         self, table: VerdictTable, labels: np.ndarray | None = None
-    ) -> tuple[list[Channel], Em, np.ndarray, np.ndarray]:
-        """The channels as weighted, where EM ended, the evidence [N, C], and which channels were learnt from [C]."""
+    ) -> tuple[list[Channel], Em, np.ndarray]:
+        """The channels as weighted, where EM ended, and which channels were learnt from [C]."""
         made = channels(table, silence=self.careful)
-        voters = (~np.isnan(table.values)).sum(axis=1)
-        start = np.nan_to_num(shrink(row_mean(normalise(table)), voters, self.pseudo), nan=0.5)
+        start = np.nan_to_num(shrink(row_mean(normalise(table)), table.voters, self.pseudo), nan=0.5)
         if not self.careful:
-            em = expectation_maximisation(made, start, self, labels)
-            return made, em, channel_log_odds(made, em, MAX_LOG_ODDS), np.ones(len(made), dtype=bool)
+            return made, expectation_maximisation(made, start, self, labels), np.ones(len(made), dtype=bool)
         fits = []
         for heard in learning_sets(made, table.kinds):
             listened = [c if h else replace(c, weight=0.0) for c, h in zip(made, heard, strict=True)]
             em = expectation_maximisation(listened, start, self, labels)
             fits.append((explained_variance(made, em.good, em.bad, em.balance), em, heard))
         _, em, heard = max(fits, key=lambda fit: fit[0])
-        evidence = channel_log_odds(made, em, MAX_LOG_ODDS)
-        factors = [1.0 if h else within_prompts(evidence[:, c], em.p_good, table.prompts) for c, h in enumerate(heard)]
-        made = [replace(c, weight=c.weight * f) for c, f in zip(made, factors, strict=True)]
-        return made, em, channel_log_odds(made, em, MAX_LOG_ODDS), heard
+        said = level_log_odds(made, em, MAX_LOG_ODDS)
+        factors = [
+            1.0 if h else within_prompts(levels[c.codes], em.p_good, table.prompts)
+            for c, levels, h in zip(made, said, heard, strict=True)
+        ]
+        return [replace(c, weight=c.weight * f) for c, f in zip(made, factors, strict=True)], em, heard
 
 
 def expectation_maximisation(
@@ -186,16 +189,21 @@ def maximise(table: Patterns, made: Sequence[Channel], start: np.ndarray, held: 
 
 
 def channel_log_odds(made: Sequence[Channel], em: Em, limit: float) -> np.ndarray:
-    """[N, C]: what each channel says for (above 0) or against each sample, in log-odds, held within +-`limit`.
+    """[N, C]: what each channel says for (above 0) or against each sample, in log-odds, held within +-`limit`."""
+    said = level_log_odds(made, em, limit)
+    return np.column_stack([levels[channel.codes] for channel, levels in zip(made, said, strict=True)])
+
+
+def level_log_odds(made: Sequence[Channel], em: Em, limit: float) -> list[np.ndarray]:
+    """[C] of [levels + 1]: what each level says for (above 0) or against a sample; last, as code -1, silence: 0.
 
     The limit keeps one over-trusted channel from settling a response alone; among responses that pass every check
     it leaves the order to the others.
     """
-    columns = []
-    for channel, good, bad in zip(made, em.good, em.bad, strict=True):
-        log_odds = np.append(np.clip(channel.weight * (np.log(good) - np.log(bad)), -limit, limit), 0.0)
-        columns.append(log_odds[channel.codes])  # code -1 is the appended 0
-    return np.column_stack(columns)
+    return [
+        np.append(np.clip(channel.weight * (np.log(good) - np.log(bad)), -limit, limit), 0.0)
+        for channel, good, bad in zip(made, em.good, em.bad, strict=True)
+    ]
 
 
 def _pseudo_votes(favour: np.ndarray, segment: np.ndarray, pseudo: float) -> np.ndarray:

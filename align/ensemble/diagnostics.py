@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from align.ensemble.channels import Channel
-from align.ensemble.jury import correlation
+from align.ensemble.jury import correlation, correlations_with
 from align.ensemble.normalise import normalise, row_mean
 from align.ensemble.table import VerdictTable
 
@@ -25,11 +25,15 @@ def near_constant(table: VerdictTable, rare: float = 0.005) -> tuple[str, ...]:
     """A sentence for each verifier that says (nearly) the same of every response, or hardly ever says anything."""
     said = []
     for j, name in enumerate(table.names):
-        heard = table.values[:, j][~np.isnan(table.values[:, j])]
-        if not len(heard):
+        column = table.values[:, j]
+        if table.kinds[j] == "binary":
+            counts = np.array([np.count_nonzero(column == vote) for vote in (0, 1)])
+        else:
+            counts = np.unique(column[~np.isnan(column)], return_counts=True)[1]
+        if not counts.sum():
             said.append(f"{name} gave no verdict at all")
             continue
-        most = np.unique(heard, return_counts=True)[1].max() / len(heard)
+        most = counts.max() / counts.sum()
         if most > 1.0 - rare:
             said.append(f"{name} said the same of {most:.1%} of the responses and hardly tells them apart")
     return tuple(said)
@@ -107,7 +111,7 @@ def two_camps(names: Sequence[str], values: np.ndarray, p_good: np.ndarray, mean
     said = []
     if correlation(p_good, mean) < 0:
         said.append("upside down: the answer contradicts the mean verdict, so good and bad may be swapped")
-    found = [correlation(column, p_good) for column in values.T]
+    found = correlations_with(values, p_good)
     surely = max(AGAINST, 2.0 / np.sqrt(max(len(p_good), 1)))
     below = [name for name, r in zip(names, found, strict=True) if r < -surely]
     if below and len(below) * 4 >= len(names):
@@ -120,11 +124,12 @@ def two_camps(names: Sequence[str], values: np.ndarray, p_good: np.ndarray, mean
 
 
 def support_of_others(
-    table: VerdictTable, made: Sequence[Channel], evidence: np.ndarray, p_good: np.ndarray, learnt: np.ndarray
+    table: VerdictTable, made: Sequence[Channel], said: Sequence[np.ndarray], p_good: np.ndarray, learnt: np.ndarray
 ) -> tuple[int, float]:
     """One column of the leading channel, and how well the verifiers that are not its kin bear the fit out.
 
-    `learnt` [C] marks the channels that the fit was made from; only those are asked.
+    `said` [C] of [levels + 1] is what each level of a channel says in log-odds, and last its silence; `learnt` [C]
+    marks the channels that the fit was made from; only those are asked.
 
     EM can take an error that a few verifiers share for the answer; "good" is then what one channel says, and only its
     kin agree.  So the leader (the channel that separates the classes most) and the family most correlated with it
@@ -138,7 +143,8 @@ def support_of_others(
     good = np.nan_to_num(p_good)
     bad = (~np.isnan(p_good)).astype(float) - good
     apart = good / max(good.sum(), 1e-12) - bad / max(bad.sum(), 1e-12)
-    leader = made[int(np.argmax(np.where(learnt, apart @ evidence, -np.inf)))].columns[0]
+    parts = np.array([float(apart @ levels[c.codes]) for c, levels in zip(made, said, strict=True)])
+    leader = made[int(np.argmax(np.where(learnt, parts, -np.inf)))].columns[0]
     asked = [j for channel, heard in zip(made, learnt, strict=True) if heard for j in channel.columns]
     values = normalise(table)
     some = values[:: max(1, len(values) // LOOKED_AT)]
@@ -147,7 +153,9 @@ def support_of_others(
         return leader, 0.0
     aside = {names[leader], names[_closest_kin(some, names, leader)]}
     rest = [j for j in asked if names[j] not in aside]
-    support = min(_separation(row_mean(values[:, columns]), good, bad) for columns in (rest, asked))
+    everyone = len(asked) == values.shape[1]
+    means = [row_mean(values[:, rest]), row_mean(values if everyone else values[:, asked])]
+    support = min(_separation(mean, good, bad) for mean in means)
     return leader, support
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from align.ensemble.base import Fit, LabelModel, logit, sigmoid
 from align.ensemble.calibrate import PairProbability
 from align.ensemble.channels import channels
-from align.ensemble.dawid_skene import MIN_SUPPORT, DawidSkene
+from align.ensemble.dawid_skene import MAX_LOG_ODDS, MIN_SUPPORT, DawidSkene, channel_log_odds
 from align.ensemble.gaussian import GaussianEM, leave_one_out
 from align.ensemble.jury import Ballot, ballot
 from align.ensemble.mean import Mean
@@ -106,7 +106,8 @@ def jury_on_votes(table: VerdictTable, model: DawidSkene) -> tuple[Ballot, int]:
     Hard votes, since a sharper posterior correlates less with a noisy vote for its sharpness alone.
     """
     sample = _rows(table, JURY_ROWS)
-    made, em, evidence, learnt = model.learn(sample)
+    made, em, learnt = model.learn(sample)
+    evidence = channel_log_odds(made, em, MAX_LOG_ODDS)
     log_odds = logit(np.array(em.balance)) + evidence.sum(axis=1)
     owner = {j: c for c, channel in enumerate(made) if learnt[c] for j in channel.columns}
     columns = sorted(owner)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from align.ensemble.normalise import blocks
+
 ALIKE = 0.6  # |correlation| from which two verifiers are one juror
 MIN_COMMON = 10  # samples that a juror must have judged
 
@@ -78,6 +80,27 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / scale if scale > 1e-12 else np.nan
+
+
+def correlations_with(values: np.ndarray, opinion: np.ndarray) -> np.ndarray:
+    """[M]: correlation of each column of values [N, M] with the opinion [N]; NaN where it is not defined."""
+    known = ~np.isnan(opinion)
+    shifted = np.where(known, opinion, 0.0) - (opinion[known].mean() if known.any() else 0.0)
+    weights = np.vstack([known, np.where(known, shifted, 0.0), np.where(known, shifted**2, 0.0)])
+    count, first, second = np.zeros((3, values.shape[1]))  # over what both know: how many, sum of a, of its square
+    other, other_second, product = np.zeros((3, values.shape[1]))  # sum of b, of its square, of a x b
+    for rows in blocks(len(values)):
+        heard = ~np.isnan(values[rows])
+        filled = np.where(heard, values[rows], 0.0)
+        sums = weights[:, rows] @ heard.astype(float)
+        count, other, other_second = count + sums[0], other + sums[1], other_second + sums[2]
+        sums = weights[:2, rows] @ filled
+        first, product = first + sums[0], product + sums[1]
+        second = second + weights[0, rows] @ filled**2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = np.sqrt((second - first**2 / count) * (other_second - other**2 / count))
+        found = (product - first * other / count) / scale
+    return np.where((count >= MIN_COMMON) & (scale > 1e-12), found, np.nan)
 
 
 def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:

@@ -41,7 +41,7 @@ class NaiveBayes:
         em = expectation_maximisation(seen, truth, once, truth)
         evidence = channel_log_odds(made, em, MAX_LOG_ODDS)
         p_good = sigmoid(np.log(em.balance) - np.log1p(-em.balance) + evidence.sum(axis=1))
-        p_good = np.where((~np.isnan(table.values)).any(axis=1), p_good, np.nan)
+        p_good = np.where(table.voters > 0, p_good, np.nan)
         tpr, tnr = weighted_rates(binarise(table, em.balance), np.full(len(known), np.nan), self.pseudo, 0.7)
         if labels is not None:
             tpr, tnr = weighted_rates(binarise(table, em.balance), labels, self.pseudo, 0.7)
@@ -68,7 +68,7 @@ class BestSingle:
         best = int(np.argmax(np.abs(found)))
         verdict = values[:, best] if found[best] >= 0 else 1.0 - values[:, best]
         p_good = np.where(np.isnan(verdict), share, verdict)
-        p_good = np.where((~np.isnan(values)).any(axis=1), p_good, np.nan)
+        p_good = np.where(table.voters > 0, p_good, np.nan)
         tpr, tnr = weighted_rates(binarise(table, float(np.clip(share, 0.01, 0.99))), truth, 2.0, 0.7)
         return Fit(p_good, share, tpr, tnr, {"best": float(best)})
 

@@ -32,7 +32,7 @@ def fit_shared(table: VerdictTable, values: np.ndarray, pseudo: float, balance: 
 
     The rates are agreement with the ensemble, a verifier's own vote included: kind to the verifier.
     """
-    p_good = shrink(row_mean(values), (~np.isnan(values)).sum(axis=1), pseudo)
+    p_good = shrink(row_mean(values), table.voters, pseudo)
     if balance is not None:
         p_good = match_balance(p_good, balance)
     share = float(np.nanmean(p_good)) if not np.isnan(p_good).all() else 0.5

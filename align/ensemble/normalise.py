@@ -9,9 +9,22 @@ votes kept as 0/1 order the candidates better (AUC 0.878) than ranked votes (0.8
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from align.ensemble.table import VerdictTable
+if TYPE_CHECKING:
+    from align.ensemble.table import VerdictTable
+
+BLOCK_ROWS = 8_192
+"""Rows worked on at once: what is made of them stays in the processor's cache, however many rows there are."""
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """`count` rows as slices of at most BLOCK_ROWS."""
+    for start in range(0, count, BLOCK_ROWS):
+        yield slice(start, min(start + BLOCK_ROWS, count))
 
 
 def midranks(values: np.ndarray) -> np.ndarray:
@@ -28,19 +41,18 @@ def midranks(values: np.ndarray) -> np.ndarray:
 
 
 def normalise(table: VerdictTable) -> np.ndarray:
-    """[N, M] in [0, 1]: votes as they are, scores as mid-ranks, NaN where abstained."""
-    columns = [
-        table.values[:, j] if kind == "binary" else midranks(table.values[:, j]) for j, kind in enumerate(table.kinds)
-    ]
-    return np.column_stack(columns)
+    """[N, M] in [0, 1], for reading only: votes as they are, scores as mid-ranks, NaN where abstained."""
+    return table.normalised
 
 
 def binarise(table: VerdictTable, balance: float | None) -> np.ndarray:
     """[N, M] of 0, 1 and NaN: votes as they are; a score is a yes in the top `balance` share, or above the median.
 
-    Thresholding at the class-balance quantile is what Weaver does with reward models (arXiv 2506.18203, Figure 9).
+    For reading only.  Thresholding at the class-balance quantile is what Weaver does with reward models (arXiv 2506.18203, Figure 9).
     """
-    values = normalise(table)
+    if "score" not in table.kinds:
+        return normalise(table)
+    values = normalise(table).copy(order="F")
     cut = 0.5 if balance is None else 1.0 - balance
     for j, kind in enumerate(table.kinds):
         if kind == "score":
@@ -50,16 +62,35 @@ def binarise(table: VerdictTable, balance: float | None) -> np.ndarray:
 
 def row_mean(values: np.ndarray) -> np.ndarray:
     """[N, M] -> [N]: mean over those present; NaN in a row without any."""
-    present = ~np.isnan(values)
-    voters = present.sum(axis=1)
-    total = np.where(present, values, 0.0).sum(axis=1)
-    return np.where(voters > 0, total / np.maximum(voters, 1), np.nan)
+    mean = np.empty(len(values))
+    for rows in blocks(len(values)):
+        present = ~np.isnan(values[rows])
+        count = count_rows(present)
+        total = np.where(present, values[rows], 0.0).sum(axis=1)
+        mean[rows] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return mean
+
+
+def count_rows(present: np.ndarray) -> np.ndarray:
+    """[N, M] of yes and no -> [N]: how many yes."""
+    return present.view(np.uint8).sum(axis=1, dtype=np.uint16 if present.shape[1] < 2**16 else np.int64)
+
+
+def voters(values: np.ndarray) -> np.ndarray:
+    """[N, M] -> [N] int: how many are present."""
+    found = np.empty(len(values), dtype=np.int64)
+    for rows in blocks(len(values)):
+        found[rows] = count_rows(~np.isnan(values[rows]))
+    return found
 
 
 def row_spread(values: np.ndarray) -> np.ndarray:
     """[N, M] -> [N]: standard deviation over those present; NaN in a row without any."""
-    centred = values - row_mean(values)[:, None]
-    return np.sqrt(row_mean(centred**2))
+    spread = np.empty(len(values))
+    for rows in blocks(len(values)):
+        block = values[rows]
+        spread[rows] = np.sqrt(row_mean((block - row_mean(block)[:, None]) ** 2))
+    return spread
 
 
 def probit(p: np.ndarray) -> np.ndarray:

@@ -76,6 +76,8 @@ def _explained(i: int, kept: Sequence[int], heard: np.ndarray, everything: np.nd
 
 def without(table: VerdictTable, columns: Sequence[int]) -> VerdictTable:
     """The table less these columns."""
+    if not columns:
+        return table
     kept = [j for j in range(len(table.names)) if j not in set(columns)]
     return replace(
         table,
@@ -130,7 +132,7 @@ def learning_sets(made: Sequence[Channel], kinds: Sequence[str]) -> list[np.ndar
     first = votes if votes.sum() >= MIN_SOURCES else np.ones(len(made), dtype=bool)
     rare = []
     for channel in made:
-        share = np.bincount(channel.codes[channel.codes >= 0], minlength=len(channel.levels)).astype(float)
+        share = np.array([np.count_nonzero(channel.codes == level) for level in range(len(channel.levels))], dtype=float)
         rare.append(1.0 - share.max() / max(share.sum(), 1.0))
     balanced = first & (np.array(rare) >= LOPSIDED * np.array(rare)[first].max())
     return [first, balanced] if MIN_SOURCES <= balanced.sum() < first.sum() else [first]

@@ -9,9 +9,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from align.ensemble.normalise import midranks, voters
 from align.records import Sample, Verdict
 from align.verifiers.extract import last_boxed, last_number
 from align.verifiers.registry import kind_of, sees_whole_prompts
@@ -20,9 +22,11 @@ from align.verifiers.spec import VerifierSpec
 NO_VERDICT = "no verdict on record"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class VerdictTable:
     """What every verifier said of every sample; NaN where it gave none.
+
+    The values are kept column by column, and nothing writes to them.
 
     Example: VerdictTable(values=np.array([[1.0, 0.3], [0.0, np.nan]]), names=("nines", "reward"),
     kinds=("binary", "score"), families=("", ""), prompts=np.array([0, 0]), failures=({}, {"too long": 1}))
@@ -43,12 +47,29 @@ class VerdictTable:
         assert len(self.names) == len(self.kinds) == len(self.families) == m and self.prompts.shape == (n,)
         assert len(self.failures) in (0, m) and set(self.kinds) <= {"binary", "score"}
         assert len(self.whole_prompts) in (0, m) and len(self.ids) in (0, n) and len(self.answers) in (0, n)
-        if np.isinf(self.values).any():
-            raise ValueError(f"verifier {self._first_column(np.isinf(self.values))!r} gave an infinite value")
-        binary = np.array([kind == "binary" for kind in self.kinds], dtype=bool)
-        odd = binary & ~(np.isnan(self.values) | (self.values == 0) | (self.values == 1))
-        if odd.any():
-            raise ValueError(f"verifier {self._first_column(odd)!r} is binary but gave a value other than 0 and 1")
+        object.__setattr__(self, "values", np.asfortranarray(self.values))
+        for name, kind, column in zip(self.names, self.kinds, self.values.T, strict=True):
+            if np.isinf(column).any():
+                raise ValueError(f"verifier {name!r} gave an infinite value")
+            if kind == "binary" and not (np.isnan(column) | (column == 0) | (column == 1)).all():
+                raise ValueError(f"verifier {name!r} is binary but gave a value other than 0 and 1")
+
+    @cached_property
+    def normalised(self) -> np.ndarray:
+        """[N, M]: see normalise.normalise."""
+        if "score" not in self.kinds:
+            found = self.values.view()
+        else:
+            found = np.empty(self.values.shape, order="F")
+            for j, kind in enumerate(self.kinds):
+                found[:, j] = self.values[:, j] if kind == "binary" else midranks(self.values[:, j])
+        found.flags.writeable = False
+        return found
+
+    @cached_property
+    def voters(self) -> np.ndarray:
+        """[N] int: how many verifiers said something of each sample."""
+        return voters(self.values)
 
     def sources(self) -> list[list[int]]:
         """Columns of each source, in the order of their first: the members of a family, or one lone verifier."""
@@ -56,9 +77,6 @@ class VerdictTable:
         for j, family in enumerate(self.families):
             found.setdefault(f"family {family}" if family else f"column {j}", []).append(j)
         return list(found.values())
-
-    def _first_column(self, where: np.ndarray) -> str:
-        return self.names[int(where.any(axis=0).argmax())]
 
 
 def from_records(samples: Sequence[Sample], verdicts: Sequence[Verdict], specs: Sequence[VerifierSpec]) -> VerdictTable:

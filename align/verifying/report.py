@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from align.ensemble.base import weighted_votes
 from align.ensemble.combine import Combined
-from align.ensemble.normalise import binarise, normalise, row_mean
+from align.ensemble.normalise import binarise, blocks, normalise, row_mean
 from align.ensemble.table import VerdictTable
 from align.evaluation.calibration import brier, expected_calibration_error, reliability
 from align.evaluation.report import accuracy, auc
 
-BLOCK_ROWS = 200_000
 TWO_SIDED = 1.96  # standard errors of a 95% interval
 MIN_SPREAD = 1e-9
 
@@ -78,28 +78,31 @@ def true_report(table: VerdictTable, combined: Combined, gold: np.ndarray, seen:
         return None
     truth = np.where(known, gold, np.nan).astype(float)
     votes = binarise(table, combined.class_balance)
+    majority, verifiers = row_mean(votes), _true_rows(table, votes, truth)
     return {
         "items": int(known.sum()),
         "good": float(truth[known].mean()),
-        **_opinions(table, combined, votes, truth),
-        "verifiers": _true_rows(table, votes, truth),
+        **_opinions(table, combined, majority, truth, verifiers),
+        "verifiers": verifiers,
         "calibration": calibration(combined.p_good[known], truth[known]),
-        "selection": selection(combined.p_good, row_mean(votes), truth, table.prompts),
+        "selection": selection(combined.p_good, majority, truth, table.prompts),
         "correlation": error_correlation(votes, truth),
     }
 
 
-def _opinions(table: VerdictTable, combined: Combined, votes: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
-    """Accuracy and AUC of the ensemble's opinions, and the best single verifier."""
+def _opinions(
+    table: VerdictTable, combined: Combined, majority: np.ndarray, truth: np.ndarray, verifiers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Accuracy and AUC of the ensemble's opinions, and the best single verifier; a silent one is half right."""
     known = ~np.isnan(truth)
     gold, mean = truth[known], row_mean(normalise(table))[known]
-    single = [accuracy(votes[known, j], gold) for j in range(len(table.names))]
+    single = [0.5 + ((row["accuracy"] - 0.5) * row["judged"] / len(gold) if row["judged"] else 0.0) for row in verifiers]
     best = int(np.argmax(single))
     return {
         "accuracy": {
             "p_good": accuracy(_half(combined.p_good[known]), gold),
             "mean": accuracy(_half(mean), gold),
-            "majority": accuracy(_half(row_mean(votes)[known]), gold),
+            "majority": accuracy(_half(majority[known]), gold),
             "best_single": single[best],
         },
         "best_single": table.names[best],
@@ -114,21 +117,21 @@ def _half(opinion: np.ndarray) -> np.ndarray:
 
 def _true_rows(table: VerdictTable, votes: np.ndarray, truth: np.ndarray) -> list[dict[str, Any]]:
     rows = []
+    heard, yes = weighted_votes(votes, np.nan_to_num(np.vstack([truth, 1.0 - truth])))  # [2, M] on good items, on bad
     for j, name in enumerate(table.names):
-        both = ~(np.isnan(votes[:, j]) | np.isnan(truth))
-        vote, gold = votes[both, j], truth[both]
-        right = float((vote == gold).mean()) if len(gold) else float("nan")
-        low, high = wilson(right, len(gold))
-        good = float(gold.sum())
+        (good, bad), caught, spared = heard[:, j].tolist(), float(yes[0, j]), float(heard[1, j] - yes[1, j])
+        count = round(good + bad)
+        right = (caught + spared) / count if count else float("nan")
+        low, high = wilson(right, count)
         rows.append(
             {
                 "name": name,
-                "judged": len(gold),
+                "judged": count,
                 "accuracy": right,
                 "low": low,
                 "high": high,
-                "tpr": float(vote @ gold) / good if good else float("nan"),
-                "tnr": float((1 - vote) @ (1 - gold)) / (len(gold) - good) if len(gold) > good else float("nan"),
+                "tpr": caught / good if good else float("nan"),
+                "tnr": spared / bad if bad else float("nan"),
             }
         )
     return rows
@@ -196,21 +199,17 @@ def error_correlation(votes: np.ndarray, p_good: np.ndarray) -> np.ndarray:
     one of them never varies, or they never judged the same item.
     """
     count = votes.shape[1]
-    total = np.zeros((2, 3, count, count))  # by class: both heard, i says yes where j is heard, both say yes
-    for start in range(0, len(votes), BLOCK_ROWS):
-        block = votes[start : start + BLOCK_ROWS]
-        weight = p_good[start : start + BLOCK_ROWS]
-        present = ~np.isnan(weight)
-        block, weight = block[present], weight[present]
-        heard = (~np.isnan(block)).astype(float)
-        yes = np.nan_to_num(block)
-        for k, w in enumerate((weight, 1.0 - weight)):
-            total[k] += np.stack(
-                [(heard * w[:, None]).T @ heard, (yes * w[:, None]).T @ heard, (yes * w[:, None]).T @ yes]
-            )
+    weights = np.nan_to_num(np.vstack([p_good, 1.0 - p_good]))
+    total = np.zeros((2, 2 * count, 2 * count))  # by class; heard or yes of i with heard or yes of j
+    for rows in blocks(len(votes)):
+        heard = ~np.isnan(votes[rows])
+        said = np.hstack([heard, np.where(heard, votes[rows], 0.0)])
+        for k, weight in enumerate(weights):
+            total[k] += said.T @ (said * weight[rows, None])
     covariance, spread = np.zeros((count, count)), np.zeros((count, count))
     with np.errstate(invalid="ignore", divide="ignore"):
-        for heard_both, yes_i, yes_both in total:
+        for by_class in total:
+            heard_both, yes_i, yes_both = by_class[:count, :count], by_class[count:, :count], by_class[count:, count:]
             mean = np.where(heard_both > 0, yes_i / heard_both, 0.0)
             covariance += yes_both - heard_both * mean * mean.T
             spread += heard_both * mean * (1.0 - mean)

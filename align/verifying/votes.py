@@ -1,4 +1,6 @@
-"""A plain CSV of votes as arrays: `item,group,gold,<verifier…>`, read in chunks, every fault named at once.
+"""A plain CSV of votes as arrays: `item,group,gold,<verifier…>`, with every fault named at once.
+
+A file whose every cell is plain is read in columns (quick.py); any other cell by cell here, with the line of each row.
 
 A vote is 1, 0, or blank where the verifier abstained.  A column whose name ends in `~` holds real-valued scores.
 Families are not read from names: a judge asked in both orders errs in opposite ways, and as two voices it does better
@@ -28,12 +30,12 @@ import pyarrow.compute as pc
 from align.ensemble.table import VerdictTable
 from align.errors import InputError
 from align.prompt_sources import RowErrors
+from align.verifying.quick import ABSTAINED, Cell, Plain, read_plain
 
 CHUNK_ROWS = 50_000
 """Rows held as Python text at once."""
 NEEDED = ("item", "group", "gold")
 SCORE_MARK = "~"
-ABSTAINED = -1
 ADVICE = (
     "a vote is 1, 0, or blank where the verifier abstained; a column of scores has a name that ends in ~; for more "
     "than two classes give one row for each item and class"
@@ -81,13 +83,18 @@ def read_votes(path: Path) -> Votes:
 
 def _read(path: Path, packed: bool, digest: str) -> Votes:
     errors = RowErrors()
-    opened: Any = gzip.open(path, "rb") if packed else open(path, "rb")
-    with opened as file:
-        reader = _Reader(path, file, errors)
-        header = reader.header()
+    with _opened(path, packed) as file:
+        header = _Reader(path, file, errors).header()
         errors.check()
         columns = _Columns(path, header, errors)
         errors.check()
+        plain = read_plain(file, columns.cells(), header.index("item"))
+    if plain is not None and columns.take_plain(plain):
+        return columns.votes(digest)
+    columns = _Columns(path, header, errors)
+    with _opened(path, packed) as file:
+        reader = _Reader(path, file, errors)
+        reader.header()
         for lines, rows in reader.chunks(len(header)):
             columns.take(lines, rows)
     if not errors.count and not columns.lines:
@@ -95,6 +102,10 @@ def _read(path: Path, packed: bool, digest: str) -> Votes:
     columns.check_items()
     errors.check(ADVICE)
     return columns.votes(digest)
+
+
+def _opened(path: Path, packed: bool) -> IO[bytes]:
+    return gzip.open(path, "rb") if packed else open(path, "rb")  # type: ignore[return-value]
 
 
 class _Reader:
@@ -189,6 +200,21 @@ class _Columns:
         if not self.votes_of:
             self.errors.add(f"{where}: no verifier; add a column for each behind {', '.join(NEEDED)}")
 
+    def cells(self) -> list[Cell]:
+        """What each column of the file holds."""
+        kinds: list[Cell] = []
+        for k, name in enumerate(self.header):
+            score = k in self.votes_of and name.endswith(SCORE_MARK)
+            kinds.append("text" if name in self.text else "score" if score else "vote")
+        return kinds
+
+    def take_plain(self, plain: Plain) -> bool:
+        """All rows at once; False where no verifier says anything."""
+        self.text = {name: plain.text[self.header.index(name)].chunks for name in self.text}
+        self.gold = [plain.numbers[self.header.index("gold")]]
+        self.votes_of = {k: [plain.numbers[k]] for k in self.votes_of}
+        return self._heard()
+
     def take(self, lines: list[int], rows: list[list[str]]) -> None:
         """One chunk of records, all of the header's width."""
         columns = list(zip(*rows, strict=True))
@@ -244,21 +270,23 @@ class _Columns:
                         f"{self.path}:{lines[row]}: item: {_shown(name)} stands on line {lines[first[inverse[row]]]} "
                         "already; give each row a name of its own"
                     )
-        heard = any(
+        if not self._heard() and not self.errors.count:
+            self.errors.add(f"{self.path}: every vote is blank; at least one verifier must say something")
+
+    def _heard(self) -> bool:
+        return any(
             (part != ABSTAINED).any() if part.dtype == np.int8 else (~np.isnan(part)).any()
             for parts in self.votes_of.values()
             for part in parts
         )
-        if not heard and not self.errors.count:
-            self.errors.add(f"{self.path}: every vote is blank; at least one verifier must say something")
 
     def votes(self, digest: str) -> Votes:
         """The arrays, put together column by column so that little is held twice."""
         names = [self.header[k] for k in self.votes_of]
         gold = np.concatenate(self.gold)
-        values = np.empty((len(gold), len(names)))
+        values = np.empty((len(gold), len(names)), order="F")
         for j, k in enumerate(list(self.votes_of)):
-            values[:, j] = np.concatenate(self.votes_of.pop(k))
+            np.concatenate(self.votes_of.pop(k), out=values[:, j])
             if not names[j].endswith(SCORE_MARK):
                 column = values[:, j]
                 column[column == ABSTAINED] = math.nan

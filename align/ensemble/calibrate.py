@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.ensemble.base import logit, sigmoid
+from align.ensemble.normalise import blocks
 
 MAX_LOGIT = 8.0  # no calibrated probability is beyond odds of e^8
 FINE = 1e-13  # how near 0 and 1 raw probabilities are told apart: the order is kept
@@ -148,13 +149,17 @@ def share_difficulty(p_good: np.ndarray, balance: float, prompts: np.ndarray, ro
         fit[:, k] = np.bincount(group, np.log1p(d * (odds - 1.0)), count)
     fit = np.exp(fit - fit.max(axis=1, keepdims=True))
     weight = np.full(GRID, 1.0 / GRID)
-    for _ in range(rounds):
-        posterior = fit * weight
+    for _ in range(rounds - 1):
+        share = np.zeros(GRID)  # sum of the posteriors, over the weights
+        for rows in blocks(count):
+            share += (1.0 / (fit[rows] @ weight)) @ fit[rows]
+        weight = (weight * share + 1.0 / GRID) / (count + 1.0)
+    found = np.empty(len(odds))
+    for rows in blocks(len(odds)):
+        posterior = fit[group[rows]] * weight
         posterior /= posterior.sum(axis=1, keepdims=True)
-        weight = (posterior.sum(axis=0) + 1.0 / GRID) / (count + 1.0)
-    found = np.zeros(len(odds))
-    for k, d in enumerate(grid):
-        found += posterior[group, k] * (d * odds / (d * odds + 1.0 - d))
+        good = grid * odds[rows, None]
+        found[rows] = (posterior * (good / (good + 1.0 - grid))).sum(axis=1)
     out[present] = found
     return out
 

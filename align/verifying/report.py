@@ -199,13 +199,14 @@ def error_correlation(votes: np.ndarray, p_good: np.ndarray) -> np.ndarray:
     one of them never varies, or they never judged the same item.
     """
     count = votes.shape[1]
-    weights = np.nan_to_num(np.vstack([p_good, 1.0 - p_good]))
+    roots = np.sqrt(np.nan_to_num(np.vstack([p_good, 1.0 - p_good])))  # of the weights: X' w X is then one product A' A
     total = np.zeros((2, 2 * count, 2 * count))  # by class; heard or yes of i with heard or yes of j
     for rows in blocks(len(votes)):
         heard = ~np.isnan(votes[rows])
         said = np.hstack([heard, np.where(heard, votes[rows], 0.0)])
-        for k, weight in enumerate(weights):
-            total[k] += said.T @ (said * weight[rows, None])
+        for k, root in enumerate(roots):
+            weighted = said * root[rows, None]
+            total[k] += weighted.T @ weighted
     covariance, spread = np.zeros((count, count)), np.zeros((count, count))
     with np.errstate(invalid="ignore", divide="ignore"):
         for by_class in total:

@@ -153,9 +153,7 @@ def support_of_others(
         return leader, 0.0
     aside = {names[leader], names[_closest_kin(some, names, leader)]}
     rest = [j for j in asked if names[j] not in aside]
-    everyone = len(asked) == values.shape[1]
-    means = [row_mean(values[:, rest]), row_mean(values if everyone else values[:, asked])]
-    support = min(_separation(mean, good, bad) for mean in means)
+    support = min(_separation(row_mean(values, columns), good, bad) for columns in (rest, asked))
     return leader, support
 
 

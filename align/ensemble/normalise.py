@@ -9,7 +9,7 @@ votes kept as 0/1 order the candidates better (AUC 0.878) than ranked votes (0.8
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,13 +60,14 @@ def binarise(table: VerdictTable, balance: float | None) -> np.ndarray:
     return values
 
 
-def row_mean(values: np.ndarray) -> np.ndarray:
-    """[N, M] -> [N]: mean over those present; NaN in a row without any."""
+def row_mean(values: np.ndarray, columns: Sequence[int] | None = None) -> np.ndarray:
+    """[N, M] -> [N]: mean over those present, of all columns or of these; NaN in a row without any."""
     mean = np.empty(len(values))
     for rows in blocks(len(values)):
-        present = ~np.isnan(values[rows])
+        block = values[rows] if columns is None else values[rows][:, columns]
+        present = ~np.isnan(block)
         count = count_rows(present)
-        total = np.where(present, values[rows], 0.0).sum(axis=1)
+        total = np.where(present, block, 0.0).sum(axis=1)
         mean[rows] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     return mean
 

@@ -1,18 +1,26 @@
 """Label models against crowd-kit's Dawid-Skene and Snorkel's label model: the same answers, the time and the memory.
 
-    python benchmarks/ensemble_vs_oracles.py [--items 1000000] [--voters 30] [--peer-items 100000]
+    python benchmarks/ensemble_vs_oracles.py [--items 1000000] [--voters 30]
 
-Neither peer is a dependency: each is measured where it can be imported, and said to be absent where it cannot.  Peers
-run on --peer-items of the items and on half of those; what all items would take is read off the line through the two.
-Ours reads the votes from arrays, as they do, in chunks.
+Neither peer is a dependency: each is measured where it can be imported, and said to be absent where it cannot.  Each
+side runs in a process of its own, on the same votes in an array; its seconds are processor time, and its memory what it
+adds to the votes and its imports.  A peer that needs more than 8 GiB or ten minutes is measured on half of the items, a
+quarter, and so on, beside ours on as many, and the row says on how many.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,24 +32,22 @@ from align.ensemble.moments import fit_matched
 from align.ensemble.streaming import CHUNK_ROWS, fit_stream
 
 SAME_ITEMS = 20_000
-Peer = Callable[[np.ndarray], Any]
+BALANCE = 0.45
+SILENT = 0.1
+MOST_BYTES = 8 * 2**30
+MOST_SECONDS = 600
+WARM_ITEMS = 2_000
 
 
 def simulate(items: int, voters: int, silent: float, seed: int) -> np.ndarray:
     """[items, voters] int8 of 0, 1 and -1: independent voters, right with probability 0.55 to 0.85."""
     rng = np.random.default_rng(seed)
-    truth = rng.random(items) < 0.45
+    truth = rng.random(items) < BALANCE
     votes = np.empty((items, voters), dtype=np.int8)
     for j, right in enumerate(np.linspace(0.55, 0.85, voters)):
         votes[:, j] = np.where(rng.random(items) < right, truth, ~truth)
         votes[rng.random(items) < silent, j] = -1
     return votes
-
-
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    found = function()
-    return time.perf_counter() - started, found
 
 
 def in_chunks(votes: np.ndarray) -> Any:
@@ -82,20 +88,74 @@ def ours_em(votes: np.ndarray) -> np.ndarray:
     return expectation_maximisation(made, start, DawidSkene(0.0, max_iterations=500)).p_good
 
 
-def compare(what: str, name: str, peer: Peer, votes: np.ndarray, items: int, ours_s: tuple[float, float]) -> list[Row]:
-    """The peer on `votes`, on half of them, and on the line through both, `items`; ours on the first and the last."""
-    half, _ = timed(lambda: peer(votes[: len(votes) // 2]))
-    whole, _ = timed(lambda: peer(votes))
-    slope = max(whole - half, 0.0) / (len(votes) - len(votes) // 2)
-    line = whole + slope * (items - len(votes))
+SIDES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "ours, Dawid-Skene": lambda votes: fit_stream(in_chunks(votes), DawidSkene(2.0)).p_good,
+    "crowd-kit": crowd_kit,
+    "ours, moments": lambda votes: fit_matched(with_nan(votes), BALANCE).p_good,
+    "Snorkel, 100 epochs": lambda votes: snorkel(votes, BALANCE, 100),
+    "Snorkel, 5000 epochs": lambda votes: snorkel(votes, BALANCE, 5000),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One side on some of the items.
+
+    Example: Measured(1000, 0.2, 31.0, np.array([0.9, 0.1]))
+    """
+
+    items: int
+    seconds: float
+    mib: float
+    p_good: np.ndarray  # [items]
+
+
+def run_side(name: str, items: int, voters: int, out: Path) -> None:
+    """What a process of its own does: the side on fresh votes, its answer into `out`, time and memory to stdout."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
+    votes = simulate(items, voters, SILENT, seed=0)
+    SIDES[name](votes[:WARM_ITEMS])  # imports are not counted
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + MOST_SECONDS,) * 2)
+    base, started = resident_bytes(), time.process_time()
+    found = SIDES[name](votes)
+    seconds = time.process_time() - started
+    np.save(out, found)
+    print(json.dumps({"seconds": seconds, "mib": peak_over(base)}))
+
+
+def measure(name: str, items: int, voters: int) -> Measured:
+    """The side on `items`, or on the first half, quarter, … that it can do."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "p.npy"
+        command = [sys.executable, __file__, "--items", str(items), "--voters", str(voters), "--side", name]
+        done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            told = json.loads(done.stdout.splitlines()[-1])
+            print(f"{name}, {items} items x {voters}: {told['seconds']:.2f} s, {told['mib']:.0f} MiB", flush=True)
+            return Measured(items, told["seconds"], told["mib"], np.load(out))
+    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    print(f"{name}, {items} items x {voters}: not done ({reason}); on half of them:", flush=True)
+    if items < 2 * WARM_ITEMS:
+        raise SystemExit(done.stderr)
+    return measure(name, items // 2, voters)
+
+
+def compare(ours: Measured, ours_name: str, peer: str, voters: int) -> list[Row]:
+    """Time and memory, on as many items as the peer can do."""
+    theirs = measure(peer, ours.items, voters)
+    if theirs.items < ours.items:
+        ours = measure(ours_name, theirs.items, voters)
+    case = f"{theirs.items} items x {voters}; {peer}"
+    gap = float(np.abs(ours.p_good - theirs.p_good).max())
     return [
-        Row(f"{what}, {len(votes)} items; {name}, measured", ours_s[0], whole, whole / ours_s[0], "s"),
-        Row(f"{what}, {items} items; {name}, on the line through {len(votes) // 2} and {len(votes)} items",
-            ours_s[1], line, line / ours_s[1], "s"),
-    ]  # fmt: skip
+        Row(case, ours.seconds, theirs.seconds, theirs.seconds / ours.seconds, "s"),
+        Row(case, ours.mib, theirs.mib, theirs.mib / ours.mib, "MiB"),
+        Row(f"largest |P - peer|, {case}", gap, 0.005, 0.005 / max(gap, 1e-9), "P"),
+    ]
 
 
 def same_answers(peers: dict[str, bool]) -> list[Row]:
+    """Without priors, so that the answer is the textbook's."""
     rows = []
     for silent in (0.0, 0.3):
         votes = simulate(SAME_ITEMS, 10, silent, seed=1)
@@ -103,8 +163,8 @@ def same_answers(peers: dict[str, bool]) -> list[Row]:
             gap = float(np.abs(ours_em(votes) - crowd_kit(votes)).max())
             rows.append(Row(f"largest |P - crowd-kit|, {silent:.0%} silent", gap, 0.005, 0.005 / max(gap, 1e-9), "P"))
         if peers["snorkel"]:
-            told = fit_matched(with_nan(votes), 0.45).p_good
-            gap = float(np.nanmax(np.abs(told - snorkel(votes, 0.45, 5000))))
+            told = fit_matched(with_nan(votes), BALANCE).p_good
+            gap = float(np.nanmax(np.abs(told - snorkel(votes, BALANCE, 5000))))
             rows.append(Row(f"largest |P - Snorkel|, {silent:.0%} silent", gap, 0.005, 0.005 / max(gap, 1e-9), "P"))
     return rows
 
@@ -113,33 +173,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--voters", type=int, default=30)
-    parser.add_argument("--peer-items", type=int, default=100_000)
+    parser.add_argument("--side", choices=SIDES, help="one side alone, in this process")
+    parser.add_argument("--out", type=Path, help="where that side's answer goes")
     arguments = parser.parse_args()
+    if arguments.side:
+        run_side(arguments.side, arguments.items, arguments.voters, arguments.out)
+        return
     peers = {name: importlib.util.find_spec(name) is not None for name in ("crowdkit", "snorkel")}
     for name, there in peers.items():
         print(f"{name}: {'measured' if there else 'not installed, so not measured'}")
-    votes = simulate(arguments.items, arguments.voters, 0.1, seed=0)
     rows = []
-    seconds: dict[int, float] = {}
-    for items in (arguments.items // 4, arguments.items // 2, arguments.items):
-        base = resident_bytes()
-        seconds[items], _ = timed(lambda n=items: fit_stream(in_chunks(votes[:n]), DawidSkene(2.0)))  # type: ignore[misc]
-        print(f"Dawid-Skene, {items} items x {arguments.voters}: {seconds[items]:.2f} s, {peak_over(base):.0f} MiB")
-    linear = (seconds[arguments.items] / seconds[arguments.items // 4]) / 4
+    quarter = measure("ours, Dawid-Skene", arguments.items // 4, arguments.voters)
+    whole = measure("ours, Dawid-Skene", arguments.items, arguments.voters)
+    linear = whole.seconds / quarter.seconds / 4
     rows.append(Row("Dawid-Skene: time at 4 x the items / (4 x the time)", linear, 1.0, 1.0 / linear, "ratio"))
-    matched, _ = timed(lambda: fit_matched(with_nan(votes), 0.45))
-    print(f"moments, {arguments.items} items: {matched:.2f} s")
-    some = votes[: arguments.peer_items]
+    moments = measure("ours, moments", arguments.items, arguments.voters)
     if peers["crowdkit"]:
-        ours, _ = timed(lambda: fit_stream(in_chunks(some), DawidSkene(2.0)))
-        rows += compare("Dawid-Skene", "crowd-kit", crowd_kit, some, arguments.items, (ours, seconds[arguments.items]))
+        rows += compare(whole, "ours, Dawid-Skene", "crowd-kit", arguments.voters)
     if peers["snorkel"]:
-        ours, _ = timed(lambda: fit_matched(with_nan(some), 0.45))
-        for epochs in (100, 5000):
-            peer = f"Snorkel, {epochs} epochs"
-            rows += compare(
-                "moments", peer, lambda v, e=epochs: snorkel(v, 0.45, e), some, arguments.items, (ours, matched)
-            )
+        for peer in ("Snorkel, 100 epochs", "Snorkel, 5000 epochs"):
+            rows += compare(moments, "ours, moments", peer, arguments.voters)
     rows += same_answers(peers)
     for row in rows:
         print(f"{row.case}: ours {row.ours:.4g}, peer {row.peer:.4g} {row.unit}, ratio {row.ratio:.1f}")

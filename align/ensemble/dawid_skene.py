@@ -111,9 +111,7 @@ class DawidSkene:
         }
         return Fit(p_good, em.balance, tpr, tnr, diagnostics, warnings)
 
-    def learn(
-        self, table: VerdictTable, labels: np.ndarray | None = None
-    ) -> tuple[list[Channel], Em, np.ndarray]:
+    def learn(self, table: VerdictTable, labels: np.ndarray | None = None) -> tuple[list[Channel], Em, np.ndarray]:
         """The channels as weighted, where EM ended, and which channels were learnt from [C]."""
         made = channels(table, silence=self.careful)
         start = np.nan_to_num(shrink(row_mean(normalise(table)), table.voters, self.pseudo), nan=0.5)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.ensemble.base import Fit, logit, sigmoid
-from align.ensemble.normalise import binarise, row_mean
+from align.ensemble.normalise import binarise, blocks, row_mean
 from align.ensemble.table import VerdictTable
 
 EDGE = 0.01  # rates are held this far from 0 and 1, as MeTaL does at prediction
@@ -86,10 +86,12 @@ class MatchedMoments:
 
 def fit_matched(votes: np.ndarray, balance: float) -> Fit:
     """The fit of votes [N, M] under a class balance."""
-    yes, no = votes == 1.0, votes == 0.0
-    answers = np.hstack([no, yes]).astype(np.float32)
-    together = (answers.T @ answers).astype(float) / max(len(votes), 1)
     width = votes.shape[1]
+    together = np.zeros((2 * width, 2 * width))
+    for rows in blocks(len(votes)):
+        answers = _answers(votes[rows])
+        together += answers.T @ answers
+    together /= max(len(votes), 1)
     owner = np.tile(np.arange(width), 2)
     apart = (owner[:, None] != owner[None]).astype(float)
     prior = np.array([1.0 - balance, balance])
@@ -100,11 +102,19 @@ def fit_matched(votes: np.ndarray, balance: float) -> Fit:
     mu, rounds = _descend(start, together, apart, mean, prior)
     mu = np.clip(mu, EDGE, 1.0 - EDGE)
     evidence = np.log(mu[:, 1]) - np.log(mu[:, 0])
-    log_odds = logit(np.array(balance)) + no @ evidence[:width] + yes @ evidence[width:]
-    p_good = np.where((yes | no).any(axis=1), sigmoid(log_odds), np.nan)
+    p_good = np.empty(len(votes))
+    for rows in blocks(len(votes)):
+        answers = _answers(votes[rows])
+        log_odds = logit(np.array(balance)) + answers @ evidence
+        p_good[rows] = np.where(answers.any(axis=1), sigmoid(log_odds), np.nan)
     tpr = mu[width:, 1] / (mu[:width, 1] + mu[width:, 1])
     tnr = mu[:width, 0] / (mu[:width, 0] + mu[width:, 0])
     return Fit(p_good, balance, tpr, tnr, {"iterations": float(rounds)})
+
+
+def _answers(votes: np.ndarray) -> np.ndarray:
+    """[n, M] of 0, 1 and NaN -> [n, 2M] float32: 1 where the answer is no; then, where it is yes."""
+    return np.hstack([votes == 0.0, votes == 1.0]).astype(np.float32)
 
 
 def _descend(

@@ -48,7 +48,8 @@ def normalise(table: VerdictTable) -> np.ndarray:
 def binarise(table: VerdictTable, balance: float | None) -> np.ndarray:
     """[N, M] of 0, 1 and NaN: votes as they are; a score is a yes in the top `balance` share, or above the median.
 
-    For reading only.  Thresholding at the class-balance quantile is what Weaver does with reward models (arXiv 2506.18203, Figure 9).
+    For reading only.  Thresholding at the class-balance quantile is what Weaver does with reward models (arXiv
+    2506.18203, Figure 9).
     """
     if "score" not in table.kinds:
         return normalise(table)

@@ -132,7 +132,7 @@ def learning_sets(made: Sequence[Channel], kinds: Sequence[str]) -> list[np.ndar
     first = votes if votes.sum() >= MIN_SOURCES else np.ones(len(made), dtype=bool)
     rare = []
     for channel in made:
-        share = np.array([np.count_nonzero(channel.codes == level) for level in range(len(channel.levels))], dtype=float)
+        share = np.array([float(np.count_nonzero(channel.codes == level)) for level in range(len(channel.levels))])
         rare.append(1.0 - share.max() / max(share.sum(), 1.0))
     balanced = first & (np.array(rare) >= LOPSIDED * np.array(rare)[first].max())
     return [first, balanced] if MIN_SOURCES <= balanced.sum() < first.sum() else [first]

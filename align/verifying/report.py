@@ -96,7 +96,7 @@ def _opinions(
     """Accuracy and AUC of the ensemble's opinions, and the best single verifier; a silent one is half right."""
     known = ~np.isnan(truth)
     gold, mean = truth[known], row_mean(normalise(table))[known]
-    single = [0.5 + ((row["accuracy"] - 0.5) * row["judged"] / len(gold) if row["judged"] else 0.0) for row in verifiers]
+    single = [_with_silence(row["accuracy"], row["judged"] / len(gold)) for row in verifiers]
     best = int(np.argmax(single))
     return {
         "accuracy": {
@@ -108,6 +108,11 @@ def _opinions(
         "best_single": table.names[best],
         "auc": {"p_good": auc(combined.p_good[known], gold), "mean": auc(mean, gold)},
     }
+
+
+def _with_silence(accuracy: float, spoken: float) -> float:
+    """Accuracy over all items of a verifier that spoke on this share of them."""
+    return 0.5 + (accuracy - 0.5) * spoken if spoken else 0.5
 
 
 def _half(opinion: np.ndarray) -> np.ndarray:

@@ -228,7 +228,9 @@ def test_a_plain_file_is_read_the_quick_way(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_array_equal(found.gold, [1, NAN])
 
 
-def test_a_quote_split_between_two_reads_is_checked_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quote_split_between_two_reads_is_checked_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The quick reader asks for blocks; a check that forgot the last byte of one would pass over this."""
     from align.verifying.quick import _Checked, _NotPlainError
 

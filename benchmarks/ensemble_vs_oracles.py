@@ -58,7 +58,7 @@ def in_chunks(votes: np.ndarray) -> Any:
 
 
 def with_nan(votes: np.ndarray) -> np.ndarray:
-    return np.where(votes < 0, np.nan, votes).astype(float)
+    return np.where(votes < 0, np.nan, votes)
 
 
 def crowd_kit(votes: np.ndarray) -> np.ndarray:

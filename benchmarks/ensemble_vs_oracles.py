@@ -91,7 +91,7 @@ def ours_em(votes: np.ndarray) -> np.ndarray:
 SIDES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "ours, Dawid-Skene": lambda votes: fit_stream(in_chunks(votes), DawidSkene(2.0)).p_good,
     "crowd-kit": crowd_kit,
-    "ours, moments": lambda votes: fit_matched(with_nan(votes), BALANCE).p_good,
+    "ours, moments": lambda votes: fit_matched(votes, BALANCE).p_good,
     "Snorkel, 100 epochs": lambda votes: snorkel(votes, BALANCE, 100),
     "Snorkel, 5000 epochs": lambda votes: snorkel(votes, BALANCE, 5000),
 }

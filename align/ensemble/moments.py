@@ -85,7 +85,7 @@ class MatchedMoments:
 
 
 def fit_matched(votes: np.ndarray, balance: float) -> Fit:
-    """The fit of votes [N, M] under a class balance."""
+    """The fit of votes [N, M] of any number type under a class balance; what is neither 0 nor 1 is no answer."""
     width = votes.shape[1]
     together = np.zeros((2 * width, 2 * width))
     for rows in blocks(len(votes)):
@@ -106,15 +106,19 @@ def fit_matched(votes: np.ndarray, balance: float) -> Fit:
     for rows in blocks(len(votes)):
         answers = _answers(votes[rows])
         log_odds = logit(np.array(balance)) + answers @ evidence
-        p_good[rows] = np.where(answers.any(axis=1), sigmoid(log_odds), np.nan)
+        p_good[rows] = np.where(answers.sum(axis=1) > 0, sigmoid(log_odds), np.nan)
     tpr = mu[width:, 1] / (mu[:width, 1] + mu[width:, 1])
     tnr = mu[:width, 0] / (mu[:width, 0] + mu[width:, 0])
     return Fit(p_good, balance, tpr, tnr, {"iterations": float(rounds)})
 
 
 def _answers(votes: np.ndarray) -> np.ndarray:
-    """[n, M] of 0, 1 and NaN -> [n, 2M] float32: 1 where the answer is no; then, where it is yes."""
-    return np.hstack([votes == 0.0, votes == 1.0]).astype(np.float32)
+    """[n, M] -> [n, 2M] float32: 1 where the answer is no; then, where it is yes."""
+    width = votes.shape[1]
+    answers = np.empty((len(votes), 2 * width), dtype=np.float32)
+    np.equal(votes, 0, out=answers[:, :width], casting="unsafe")
+    np.equal(votes, 1, out=answers[:, width:], casting="unsafe")
+    return answers
 
 
 def _descend(

@@ -39,12 +39,12 @@ class GaussianEM:
     max_iterations: int = 200
 
     def fit(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
-        spoken, verifiers, table = (~np.isnan(table.values)).any(axis=1), table, pooled(table)
+        verifiers, table = table, pooled(table)
         scores = gaussian_scores(table)
         start = self._start(table, scores, labels)
         held = np.full(len(scores), np.nan) if labels is None else labels
         q, balance, iterations, converged = _expectation_maximisation(self, scores, start, held)
-        p_good = np.where(table.voters > 0, q, np.nan)
+        p_good = np.where(verifiers.voters > 0, q, np.nan)
         share = balance if self.balance is None else self.balance
         tpr, tnr = weighted_rates(binarise(verifiers, float(np.clip(share, 0.01, 0.99))), p_good, pseudo=2.0, tilt=0.7)
         diagnostics = {"iterations": float(iterations), "converged": float(converged)}

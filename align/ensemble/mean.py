@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from align.ensemble.base import Fit, match_balance, shrink, weighted_rates
-from align.ensemble.normalise import binarise, normalise, row_mean
+from align.ensemble.normalise import binarise, normalise, row_mean, voters
 from align.ensemble.prepare import voices
 from align.ensemble.table import VerdictTable
 
@@ -32,7 +32,7 @@ def fit_shared(table: VerdictTable, values: np.ndarray, pseudo: float, balance: 
 
     The rates are agreement with the ensemble, a verifier's own vote included: kind to the verifier.
     """
-    p_good = shrink(row_mean(values), table.voters, pseudo)
+    p_good = shrink(row_mean(values), voters(values), pseudo)
     if balance is not None:
         p_good = match_balance(p_good, balance)
     share = float(np.nanmean(p_good)) if not np.isnan(p_good).all() else 0.5

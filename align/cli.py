@@ -142,11 +142,17 @@ def distil(
     recipe: RecipeFile,
     overrides: Overrides = None,
     *,
-    base: Annotated[str | None, typer.Option("--base", help="The model to start from; the policy's own.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The model to start from; by default the run's export.")
+    ] = None,
     layers: Annotated[int | None, typer.Option("--layers", min=1, help="Keep only its first layers.")] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the scored responses.")] = 3,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the scored responses, at most.")] = 10,
+    patience: Annotated[int, typer.Option("--patience", min=1, help="Epochs without gain that end it.")] = 3,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Responses in one step.")] = 64,
     learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="Peak learning rate.")] = 1e-4,
+    pair_weight: Annotated[
+        float, typer.Option("--pair-weight", min=0.0, help="Weight of comparisons within a prompt.")
+    ] = 1.0,
 ) -> None:
     """Teach what the run's ensemble says to one small reward model, and say how much of it was kept."""
     from align.progress import clean
@@ -155,7 +161,7 @@ def distil(
     from reward_models.scorer import Fitting
 
     loaded = load_recipe(recipe, overrides or ())
-    settings = Fitting(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=loaded.seed)
+    settings = Fitting(epochs, batch_size, learning_rate, pair_weight, patience, seed=loaded.seed)
     print(clean("\n".join(run_distil(loaded, base, layers, settings))))
 
 

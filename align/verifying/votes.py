@@ -38,7 +38,7 @@ NEEDED = ("item", "group", "gold")
 SCORE_MARK = "~"
 ADVICE = (
     "a vote is 1, 0, or blank where the verifier abstained; a column of scores has a name that ends in ~; for more "
-    "than two classes give one row for each item and class"
+    "than two classes give one row for each item and class, its vote 1 where the verifier named that class"
 )
 _CODES = {"0": 0, "1": 1, "": ABSTAINED}
 

@@ -1,4 +1,4 @@
-"""A run with a label file, its ensemble taught to one model, and a run that this model judges, with the real engines."""
+"""A run with a label file, its ensemble taught to one model, and a run that this model judges; the engines are real."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from align.verifying.votes import ADVICE, read_votes
 
 ROOT = Path(__file__).parents[2]
 SMALL = "item,group,gold,judge,judge#swap,rm~\na,q,1,1,0,2.5\nb,q,0,,1,-1e3\nc,,,0,0,\n"
+PANDALM = ROOT.parent / "shared" / "data" / "verifier_matrices" / "pandalm_3class.csv.gz"
 NAN = math.nan
 
 
@@ -164,6 +165,35 @@ def test_many_faults_are_counted(write: Callable[..., Path]) -> None:
     path = write("item,group,gold,a\n" + "".join(f"{i},,,7\n" for i in range(90)))
     with pytest.raises(InputError, match="… and 70 more rows"):
         read_votes(path)
+
+
+def test_three_classes_are_refused_and_the_advice_can_be_followed(write: Callable[..., Path], tmp_path: Path) -> None:
+    """One row for each item and class: the likeliest class of each item is then its best row."""
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 3, 90)
+    said = [[g if rng.random() < 0.8 else (g + 1) % 3 for _ in "abcd"] for g in truth.tolist()]
+    classes = "".join(f"{i},,{truth[i]},{','.join(map(str, row))}\n" for i, row in enumerate(said))
+    with pytest.raises(InputError) as caught:
+        read_votes(write("item,group,gold,a,b,c,d\n" + classes))
+    assert ": '2' is not 1 or 0" in str(caught.value) and str(caught.value).endswith(ADVICE)
+    assert "one row for each item and class, its vote 1 where the verifier named that class" in ADVICE
+    lines = [
+        f"{i}-{k},{i},{int(truth[i] == k)},{','.join(str(int(vote == k)) for vote in row)}"
+        for i, row in enumerate(said)
+        for k in range(3)
+    ]
+    path = write("\n".join(["item,group,gold,a,b,c,d", *lines]))
+    verify_votes(path, None, tmp_path / "out")
+    p_good = pq.read_table(tmp_path / "out" / "scores.parquet")["p_good"].to_numpy().reshape(90, 3)
+    assert (p_good.argmax(axis=1) == truth).mean() > 0.85
+
+
+@pytest.mark.skipif(not PANDALM.is_file(), reason="the shared data is not here")
+def test_a_real_matrix_of_three_classes_is_refused_and_says_what_to_do() -> None:
+    with pytest.raises(InputError) as caught:
+        read_votes(PANDALM)
+    first, *_, last = str(caught.value).splitlines()
+    assert first.startswith(f"{PANDALM}:") and first.endswith("'2' is not 1 or 0") and last == ADVICE
 
 
 def test_lines_are_right_behind_a_field_with_line_ends(write: Callable[..., Path]) -> None:

@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="directory of a finished run")
     parser.add_argument("--panel", nargs="*", type=Path, help="language models; by default those of other seeds")
     parser.add_argument("--layers", type=int, help="keep only the student's first layers")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--pair-weight", type=float, default=1.0)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])

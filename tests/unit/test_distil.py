@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from align.errors import InputError
 from align.recipe import Scratch
 from align.training.scratch import create_model
-from reward_models.distil import Example, Material, merged, selection, split, teach
+from reward_models.distil import Example, Material, default_base, merged, selection, split, teach
 from reward_models.scorer import Fitting, Lesson, _batches, _losses, encode, fit, lessons, make_scorer, save, score
 
 SHAPE = Scratch(hidden_size=32, intermediate_size=64, layers=2, heads=1, kv_heads=1, context=16)
@@ -176,6 +178,18 @@ def test_a_model_that_reads_both_ways_learns_from_the_last_label_alone(tmp_path:
     tokenizer.save_pretrained(tmp_path)
     report = teach(material(examples(120)), tmp_path, Fitting(epochs=8, batch_size=16, learning_rate=1e-3))[2]
     assert report["losses"][-1] < report["losses"][0] - 0.1 and report["selection"]["retained"] == 1.0
+
+
+def test_the_default_base_is_the_trained_policy_where_there_is_a_whole_one(tmp_path: Path) -> None:
+    def run(export: Path | None) -> Any:
+        store = SimpleNamespace(verify_directory={"export": export}.get)
+        return SimpleNamespace(store=store, model_dir=lambda: tmp_path / "start")
+
+    assert default_base(run(None)) == tmp_path / "start", "not exported yet"
+    (tmp_path / "adapter_config.json").touch()
+    assert default_base(run(tmp_path)) == tmp_path / "start", "an adapter is no model"
+    (tmp_path / "config.json").touch()
+    assert default_base(run(tmp_path)) == tmp_path
 
 
 def test_layers_that_are_not_there_are_refused(base: Path) -> None:

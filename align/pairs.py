@@ -1,9 +1,10 @@
 """From scored responses to preference pairs.
 
 With q = P(good), taken as independent of each other: P(win) = q_a (1 - q_b), P(loss) = q_b (1 - q_a), and the rest
-is a tie. A best-against-worst pair is hardly ever the wrong way round; where it misleads, both are good or both are
-bad, and the weight P(win) + P(loss) says so.  Everything that does not become a pair is counted under the stage
-that dropped it.
+is a tie. Labels say how far responses to one prompt are good together, and then that covariance leaves both (see
+align/ensemble/calibrate.py).  A best-against-worst pair is hardly ever the wrong way round; where it misleads, both
+are good or both are bad, and the weight P(win) + P(loss) says so.  Everything that does not become a pair is counted
+under the stage that dropped it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from align.ensemble.calibrate import PairProbability
 from align.recipe import Pairs, Recipe
 from align.records import Pair, Sample, Score, content_id
 
@@ -24,6 +26,7 @@ DROPPED = {
 }
 """Why a candidate pair did not become one, in the order in which the stages look."""
 
+INDEPENDENT = PairProbability()  # the product rule: what is left to say where no label tells how siblings go together
 CERTAIN_TIE = 1e-9  # a soft pair of less weight teaches nothing, and its label would be rounding error
 
 
@@ -54,10 +57,16 @@ class PairReport:
         return "; ".join(said)
 
 
-def build_pairs(scores: Sequence[Score], samples_by_id: Mapping[str, Sample], settings: Pairs) -> PairReport:
+def build_pairs(
+    scores: Sequence[Score],
+    samples_by_id: Mapping[str, Sample],
+    settings: Pairs,
+    chances: PairProbability = INDEPENDENT,
+) -> PairReport:
     """The pairs of these scores.  The result does not depend on the order of the scores.
 
-    `samples_by_id` holds the round's samples; those without a score are counted as `unscored`.
+    `samples_by_id` holds the round's samples; those without a score are counted as `unscored`.  `chances` is what the
+    ensemble calibrated on labelled pairs of responses.
     """
     by_prompt: dict[str, list[Score]] = {}
     for score in sorted(scores, key=lambda s: (s.prompt_id, -s.reward, s.sample_id)):
@@ -73,7 +82,7 @@ def build_pairs(scores: Sequence[Score], samples_by_id: Mapping[str, Sample], se
     }
     counts["single"] = counts["prompts"] - sum(len(group) > 1 for group in by_prompt.values())
     candidates = [BUILDERS[settings.builder](group, settings.k) for group in by_prompt.values()]
-    return keep_pairs(candidates, samples_by_id, settings, counts)
+    return keep_pairs(candidates, samples_by_id, settings, counts, chances=chances)
 
 
 def keep_pairs(
@@ -82,28 +91,34 @@ def keep_pairs(
     settings: Pairs,
     counts: Mapping[str, int],
     remarks: Sequence[str] = (),
+    chances: PairProbability = INDEPENDENT,
 ) -> PairReport:
     """The (better, worse) candidates of each prompt that become pairs; `counts` are those of their builder.
 
-    `samples_by_id` holds whatever a candidate names.
+    `samples_by_id` holds whatever a candidate names.  P(good) of what is inside a response comes from rollouts, which
+    no label calibrated: such candidates keep the product rule.
     """
     told = {**counts, **dict.fromkeys(("candidates", *DROPPED, "pairs"), 0)}
     pairs: list[Pair] = []
     for of_prompt in candidates:
-        pairs += _of_prompt(of_prompt, samples_by_id, settings, told)
+        pairs += _of_prompt(of_prompt, samples_by_id, settings, chances, told)
     told["pairs"] = len(pairs)
     return PairReport(tuple(pairs), told, _length_gap(pairs, samples_by_id), tuple(remarks))
 
 
 def _of_prompt(
-    candidates: Sequence[tuple[Score, Score]], samples: Mapping[str, Sample], settings: Pairs, counts: dict[str, int]
+    candidates: Sequence[tuple[Score, Score]],
+    samples: Mapping[str, Sample],
+    settings: Pairs,
+    chances: PairProbability,
+    counts: dict[str, int],
 ) -> list[Pair]:
     """One prompt's pairs, widest margin first; adds what it drops to `counts`."""
     kept = []
     for better, worse in candidates:
         counts["candidates"] += 1
-        pair = make_pair(better, worse, settings)
-        stage = _dropped_at(better, worse, pair, samples, settings)
+        pair = make_pair(better, worse, settings, chances)
+        stage = _dropped_at(better, worse, pair, samples, settings, chances)
         if stage is None:
             kept.append(pair)
         else:
@@ -114,7 +129,14 @@ def _of_prompt(
     return kept[:limit]
 
 
-def _dropped_at(better: Score, worse: Score, pair: Pair, samples: Mapping[str, Sample], settings: Pairs) -> str | None:
+def _dropped_at(
+    better: Score,
+    worse: Score,
+    pair: Pair,
+    samples: Mapping[str, Sample],
+    settings: Pairs,
+    chances: PairProbability,
+) -> str | None:
     """The stage that drops this candidate, if one does."""
     if samples[better.sample_id].response_ids == samples[worse.sample_id].response_ids:
         return "identical"
@@ -122,19 +144,19 @@ def _dropped_at(better: Score, worse: Score, pair: Pair, samples: Mapping[str, S
         return "ties"
     if pair.margin <= settings.min_margin:
         return "below_margin"
-    decided = better.p_good * (1.0 - worse.p_good) + worse.p_good * (1.0 - better.p_good)
+    win, _, loss = chances(better.p_good, worse.p_good)
+    decided = win + loss
     if 1.0 - decided > settings.max_tie or (settings.labels == "soft" and decided < CERTAIN_TIE):
         return "too_likely_tie"
     return None
 
 
-def make_pair(better: Score, worse: Score, settings: Pairs) -> Pair:
+def make_pair(better: Score, worse: Score, settings: Pairs, chances: PairProbability = INDEPENDENT) -> Pair:
     """The pair of two scores of one prompt, soft or hard.
 
     Example: q = 0.9 against 0.2 gives P(win) = 0.72, P(loss) = 0.02, P(tie) = 0.26 and weight 0.74.
     """
-    win = better.p_good * (1.0 - worse.p_good)
-    loss = worse.p_good * (1.0 - better.p_good)
+    win, tie, loss = chances(better.p_good, worse.p_good)
     soft = settings.labels == "soft"
     return Pair(
         id=content_id(better.sample_id, worse.sample_id),
@@ -142,7 +164,7 @@ def make_pair(better: Score, worse: Score, settings: Pairs) -> Pair:
         chosen_id=better.sample_id,
         rejected_id=worse.sample_id,
         p_win=win if soft else 1.0,
-        p_tie=max(0.0, 1.0 - win - loss) if soft else 0.0,
+        p_tie=tie if soft else 0.0,
         weight=win + loss if soft else 1.0,
         margin=better.reward - worse.reward,
         builder=settings.builder,

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from align.comparing import compare
+from align.ensemble.calibrate import PairProbability
 from align.ensemble.combine import to_scores
 from align.ensemble.table import from_records
 from align.errors import InputError, NotFiniteError, RunError
@@ -196,6 +197,7 @@ def _combine(run: Run, round_index: int, accounts: Sequence[Mapping[str, Mapping
             "verifiers": verifier_rows(combined.estimates, verdicts, accounts),
             "on_gold": None if gold is None else ensemble_report(table, combined, gold),
             "resampling": plan_resampling(combined.p_good, table.prompts),
+            "pair_correlation": combined.pairs.correlation,
         },
     )
     for warning in combined.warnings:
@@ -233,7 +235,8 @@ def pair(run: Run, round_index: int) -> None:
 def _pair_responses(run: Run, round_index: int) -> tuple[PairReport, list[Sample]]:
     """Pairs of whole responses; they name no sample that was not drawn."""
     samples = {s.id: s for s in run.read(round_index, "samples")}
-    return build_pairs(run.read(round_index, "scores"), samples, run.recipe.pairs), []
+    chances = PairProbability(run.kept(round_index, "ensemble")["pair_correlation"])
+    return build_pairs(run.read(round_index, "scores"), samples, run.recipe.pairs, chances), []
 
 
 PAIR_STAGES: dict[str, PairStage] = {

@@ -190,3 +190,9 @@ def _render_ensemble(rounds: Sequence[Mapping[str, Any]]) -> None:
     for name in names:
         values = [found[measure].get(name) for found in rounds]
         say(f"  {name:<24}" + "".join(f"{'-' if v is None else f'{v:.3f}':>8}" for v in values))
+    paired = [found["pairs"] for found in rounds]
+    if any(paired):
+        say("expected calibration error of a pair's chances, by round")
+        for name in ("win", "tie"):
+            values = [p and p[name]["ece"] for p in paired]
+            say(f"  P({name})" + " " * 18 + "".join(f"{'-' if v is None else f'{v:.3f}':>8}" for v in values))

@@ -11,10 +11,12 @@ Legend: N samples, L labelled samples, G prompts, P points of the grid of diffic
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from align.ensemble.base import logit, sigmoid
+from align.ensemble.logistic import shrunk_logistic
 from align.ensemble.normalise import blocks
 
 MAX_LOGIT = 8.0  # no calibrated probability is beyond odds of e^8
@@ -25,6 +27,8 @@ MANY_LABELS = 1000  # from here on isotonic regression has enough to go by
 SLOPE_PRIOR = 4.0  # strength of the pull of the slope to 1, in units of the log loss
 OFFSET_PRIOR = 2.0  # strength of the pull of the offset to 0
 FREE = 0.02  # share of those pulls for an opinion that is no likelihood
+SIBLINGS = 64  # responses to one prompt of which all pairs are looked at
+PAIRS = 200_000  # pairs that are looked at
 BALANCE_BIAS = 0.25  # how far the EM of the class balance may be off where the classes overlap wholly
 
 
@@ -52,29 +56,26 @@ def soft_limit(log_odds: np.ndarray, limit: float) -> np.ndarray:
 def platt(p_good: np.ndarray, labels: np.ndarray, likelihood: bool = True) -> Platt:
     """Slope and offset of least log loss on [L], both pulled to leaving it as it is (Platt 1999).
 
-    Newton's method on (slope, offset) of sum log(1 + exp(-+z)) + SLOPE_PRIOR/2 (slope - 1)^2 + OFFSET_PRIOR/2 offset^2.
-    The slope is kept above 0.  An opinion that is no `likelihood`, such as a mean, has log-odds of arbitrary scale: it
-    is brought to standard deviation 1 about its mean first, and hardly pulled.
+    The loss is sum log(1 + exp(-+z)) + SLOPE_PRIOR/2 (slope - 1)^2 + OFFSET_PRIOR/2 offset^2, and the slope is kept
+    above 0.  An opinion that is no `likelihood`, such as a mean, has log-odds of arbitrary scale: it is brought to
+    standard deviation 1 about its mean first, and hardly pulled.
     """
-    raw = logit(p_good, FINE)
-    centre, spread = (0.0, 1.0) if likelihood else (float(raw.mean()), max(float(raw.std()), 1e-6))
-    pull, own_offset = (SLOPE_PRIOR, OFFSET_PRIOR) if likelihood else (SLOPE_PRIOR * FREE, OFFSET_PRIOR * FREE)
-    x = (raw - centre) / spread
-    slope, offset = 1.0, 0.0
+    centre, spread, pull = scale_of(p_good, likelihood)
+    design = np.column_stack([(logit(p_good, FINE) - centre) / spread, np.ones(len(p_good))])
     smooth = (labels * (len(labels) + 1.0) + 0.5) / (len(labels) + 2.0)  # Platt's targets: never quite 0 or 1
-    for _ in range(60):
-        q = sigmoid(slope * x + offset)
-        w, gap = q * (1.0 - q), q - smooth
-        gradient = np.array([gap @ x + pull * (slope - 1.0), gap.sum() + own_offset * offset])
-        curvature = np.array([[w @ (x * x) + pull, w @ x], [w @ x, w.sum() + own_offset]])
-        step = np.linalg.solve(curvature, gradient)
-        scale = min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
-        slope, offset = slope - scale * step[0], offset - scale * step[1]
-        if float(np.abs(step).max()) < 1e-9:
-            break
+    slope, offset = shrunk_logistic(design, smooth, pull, np.array([1.0, 0.0])).tolist()
     share = float((labels.sum() + 1.0) / (len(labels) + 2.0))
     slope = max(slope, 0.02) / spread
-    return Platt(float(slope), float(offset - slope * centre), share)
+    return Platt(slope, offset - slope * centre, share)
+
+
+def scale_of(p_good: np.ndarray, likelihood: bool) -> tuple[float, float, np.ndarray]:
+    """Centre and spread that log-odds are brought to, and how hard their slope and offset are pulled to 1 and 0."""
+    pull = np.array([SLOPE_PRIOR, OFFSET_PRIOR])
+    if likelihood:
+        return 0.0, 1.0, pull
+    raw = logit(p_good, FINE)
+    return float(raw.mean()), max(float(raw.std()), 1e-6), pull * FREE
 
 
 def isotonic(p_good: np.ndarray, labels: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -92,6 +93,12 @@ def isotonic(p_good: np.ndarray, labels: np.ndarray, at: np.ndarray) -> np.ndarr
     middle = np.array([x / n for _, n, x in pools])
     height = np.array([(y + 0.5) / (n + 1.0) for y, n, _ in pools])  # a pool of one kind is not certain
     return np.where(np.isnan(at), np.nan, np.interp(at, middle, np.maximum.accumulate(height)))
+
+
+def log_loss(p_good: np.ndarray, labels: np.ndarray) -> float:
+    """Mean -log of the probability that was given to what is so, on [L]."""
+    z = logit(p_good)
+    return float((np.logaddexp(0.0, z) - labels * z).mean())
 
 
 def shift_balance(
@@ -174,6 +181,9 @@ def cautious(p_good: np.ndarray, effective: float, voters: float) -> np.ndarray:
     return sigmoid(soft_limit(factor * logit(p_good, FINE), MAX_UNSEEN))
 
 
+Chances = TypeVar("Chances", np.float64, np.ndarray)
+
+
 @dataclass(frozen=True, slots=True)
 class PairProbability:
     """P(win), P(tie), P(loss) of a pair from the P(good) of its two responses.
@@ -188,9 +198,15 @@ class PairProbability:
     correlation: float = 0.0
 
     def __call__(self, better: float, worse: float) -> tuple[float, float, float]:
-        shared = self.correlation * (better * (1.0 - better) * worse * (1.0 - worse)) ** 0.5
-        win, loss = max(0.0, better * (1.0 - worse) - shared), max(0.0, worse * (1.0 - better) - shared)
-        return win, max(0.0, 1.0 - win - loss), loss
+        win, tie, loss = self.of(np.float64(better), np.float64(worse))
+        return float(win), float(tie), float(loss)
+
+    def of(self, better: Chances, worse: Chances) -> tuple[Chances, Chances, Chances]:
+        """P(win), P(tie), P(loss) [pairs] of P(good) [pairs] on either side."""
+        shared = self.correlation * np.sqrt(better * (1.0 - better) * worse * (1.0 - worse))
+        win = np.maximum(0.0, better * (1.0 - worse) - shared)
+        loss = np.maximum(0.0, worse * (1.0 - better) - shared)
+        return win, np.maximum(0.0, 1.0 - win - loss), loss
 
 
 def fit_pairs(p_good: np.ndarray, labels: np.ndarray, prompts: np.ndarray) -> PairProbability:
@@ -201,13 +217,9 @@ def fit_pairs(p_good: np.ndarray, labels: np.ndarray, prompts: np.ndarray) -> Pa
     a, b = pairs_within(prompts)
     if len(a) < 20:
         return PairProbability()
-    q, r = p_good[a], p_good[b]
-    root = np.sqrt(q * (1 - q) * r * (1 - r))
     best, least = 0.0, np.inf
     for rho in np.linspace(-0.3, 0.9, 49):
-        win = np.clip(q * (1 - r) - rho * root, 1e-4, 1.0)
-        loss = np.clip(r * (1 - q) - rho * root, 1e-4, 1.0)
-        tie = np.clip(1.0 - win - loss, 1e-4, 1.0)
+        win, tie, loss = (np.clip(x, 1e-4, 1.0) for x in PairProbability(rho).of(p_good[a], p_good[b]))
         told = np.where(labels[a] > labels[b], win, np.where(labels[a] < labels[b], loss, tie))
         cost = float(-np.log(told).sum() + 10.0 * rho**2)
         if cost < least:
@@ -216,11 +228,19 @@ def fit_pairs(p_good: np.ndarray, labels: np.ndarray, prompts: np.ndarray) -> Pa
 
 
 def pairs_within(prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of all pairs of samples that answer one prompt."""
-    first, second = [], []
-    for prompt in np.unique(prompts):
-        rows = np.flatnonzero(prompts == prompt)
-        i, j = np.triu_indices(len(rows), 1)
-        first.append(rows[i])
-        second.append(rows[j])
+    """Indices of pairs of samples that answer one prompt: all, of the first SIBLINGS of each.
+
+    Where those are more than about PAIRS, of evenly spread prompts; more tell nothing new.
+    """
+    order = np.argsort(prompts, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(prompts[order]) != 0]) if len(order) else np.empty(0, dtype=np.int64)
+    sizes = np.minimum(np.diff(np.r_[starts, len(order)]), SIBLINGS)
+    every = max(1, int(np.ceil((sizes * (sizes - 1) // 2).sum() / PAIRS)))
+    starts, sizes = starts[sizes > 1][::every], sizes[sizes > 1][::every]
+    first, second = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    for size in np.unique(sizes):
+        i, j = np.triu_indices(size, 1)
+        begin = starts[sizes == size][:, None]
+        first.append(order[begin + i].ravel())
+        second.append(order[begin + j].ravel())
     return np.concatenate(first), np.concatenate(second)

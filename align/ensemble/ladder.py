@@ -15,11 +15,13 @@ from align.ensemble.calibrate import (
     MANY_LABELS,
     fit_pairs,
     isotonic,
+    log_loss,
     platt,
     share_difficulty,
     share_error,
     shift_balance,
 )
+from align.ensemble.correct import Corrected
 from align.ensemble.dawid_skene import DawidSkene
 from align.ensemble.gate import Choice, take
 from align.ensemble.gaussian import GaussianEM
@@ -34,7 +36,7 @@ MIN_LABELS = 8  # fewer held-out labels cannot tell rungs apart
 UNLABELLED_ROWS = 4_000  # unlabelled rows that a held-out fit sees; the final fit sees all
 SCORED = 400  # labelled rows that rungs are compared on
 RESAMPLES = 100
-SURE = 1.0  # standard errors by which a rung must beat what would be used without labels
+SURE = 1.5  # standard errors by which a rung must beat the standing one; 1.5 to 3 choose alike on real votes
 WITHIN_PAIRS = 10  # pairs of a good and a bad response to one prompt before those are scored apart
 MAX_MATRIX = 200  # verifiers beyond which a full covariance is not tried
 
@@ -49,16 +51,23 @@ class Rung:
     model: LabelModel
     learns: bool  # from labels, so that its score must be held out
     likelihood: bool = True  # its log-odds have a scale; those of a mean have none
+    shrunk: bool = False  # already as unsure as its labels are few, so that it is not scaled again
+
+
+STANDING = "corrected"
+"""The rung that another one must surely beat: what would be used without labels, corrected by them."""
 
 
 def rungs(table: VerdictTable, chosen: Choice, settings: Ensemble) -> dict[str, Rung]:
-    """The ladder for this table; the first is what would be used without labels."""
+    """The ladder for this table; `chosen` is what would be used without labels."""
     count, width = table.values.shape
     shrink = float(np.clip(0.1 + 2.0 * width / count, 0.1, 0.5))
     rounds, balance = min(settings.max_iterations, 60), settings.class_balance
     careful = DawidSkene(settings.prior_strength, balance, rounds, careful=True)
+    likelihood = chosen.method != "mean"
     ladder = {
-        chosen.method: Rung(chosen.model, False, likelihood=chosen.method != "mean"),
+        STANDING: Rung(Corrected(chosen.model, likelihood), True, shrunk=True),
+        chosen.method: Rung(chosen.model, False, likelihood),
         "mean": Rung(Mean(settings.prior_strength, balance), False, likelihood=False),
         "best_single": Rung(BestSingle(), True, likelihood=False),
         "logistic": Rung(Logistic(1.0), True),
@@ -88,20 +97,15 @@ def with_labels(
     lean = chosen.table
     ladder = rungs(lean, chosen, settings)
     rows, held_out = _held_out(lean, ladder, labels)
-    scores, errors = _compare(held_out, labels[rows], lean.prompts[rows], chosen.method)
-    first = chosen.method
-    best = max(scores, key=lambda name: scores[name])
-    if scores[best] - scores[first] <= SURE * errors[best]:
-        best = first
+    scores, errors = _compare(held_out, labels[rows], lean.prompts[rows], STANDING)
+    best, first = pick(scores, errors), chosen.method
     fit = ladder[best].model.fit(lean, labels if ladder[best].learns else None)
-    p_good, seen, diagnostics, steps = calibrated(
-        fit, held_out[best], ladder[best].likelihood, labels, lean.prompts, settings
-    )
+    p_good, seen, diagnostics, steps = calibrated(fit, held_out[best], ladder[best], labels, lean.prompts, settings)
     pairs = fit_pairs(seen, labels[rows], lean.prompts[rows])
     diagnostics["pair_correlation"] = pairs.correlation
-    why = _say(scores, errors, best, first, int(known.sum()), len(np.unique(lean.prompts[known]))) + f"; {steps}"
+    why = _say(scores, errors, best, int(known.sum()), len(np.unique(lean.prompts[known]))) + f"; {steps}"
     warnings = chosen.warnings
-    if scores[first] < 0.5 - errors.get(best, 0.0) and best != first:
+    if scores[first] < 0.5 - errors[first] and best != first:
         warnings += (f"upside down: without labels {first} would have ranked bad responses above good ones",)
     if scores[best] < 0.55:
         warnings += (f"no rung tells good from bad on held-out labels (best {best}, {scores[best]:.2f}; chance 0.50)",)
@@ -111,8 +115,14 @@ def with_labels(
     return choice, np.where(known, labels, p_good)
 
 
+def pick(scores: Mapping[str, float], errors: Mapping[str, float]) -> str:
+    """The rung with the best held-out score where it surely leads the standing one, else that."""
+    best = max(scores, key=lambda name: scores[name])
+    return best if scores[best] - scores[STANDING] > SURE * errors[best] else STANDING
+
+
 def calibrated(
-    fit: Fit, held_out: np.ndarray, likelihood: bool, known: np.ndarray, prompts: np.ndarray, settings: Ensemble
+    fit: Fit, held_out: np.ndarray, rung: Rung, known: np.ndarray, prompts: np.ndarray, settings: Ensemble
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float], str]:
     """P(good) [N], calibrated on held-out scores [L] of the samples whose label is `known` [N]; those scores [L]
     calibrated as well; how it was done, as numbers and in words.
@@ -123,20 +133,29 @@ def calibrated(
         balance = float((labels.sum() + 1.0) / (len(labels) + 2.0))
         told = {"calibration/labels": float(len(labels))}
         said = f"isotonic regression on {len(labels)} held-out scores"
+    elif rung.shrunk:
+        both, balance = np.concatenate([fit.p_good, raw]), float((labels.sum() + 1.0) / (len(labels) + 2.0))
+        told, said = {}, "its probabilities as they are, shrunk to the label-free answer"
     else:
-        curve = platt(raw, labels, likelihood)
+        curve = platt(raw, labels, rung.likelihood)
         both, balance = curve(np.concatenate([fit.p_good, raw])), curve.balance
         told = {"calibration/slope": curve.slope, "calibration/offset": curve.offset}
         said = f"log-odds times {curve.slope:.2f} by Platt scaling on {len(labels)} held-out scores"
-    p_good, seen = both[: len(known)], both[len(known) :]
+    p_good, where = both[: len(known)], ~np.isnan(known)
     if settings.class_balance is None:
-        p_good, found = shift_balance(p_good, balance, share_error(labels, prompts[~np.isnan(known)]))
+        p_good, found = shift_balance(p_good, balance, share_error(labels, prompts[where]))
     else:
         found = settings.class_balance
         p_good = shift_to(p_good, balance, found)
-    p_good = share_difficulty(p_good, found, prompts)
-    seen = share_difficulty(shift_to(seen, balance, found), found, prompts[~np.isnan(known)])
-    return p_good, seen, {**told, "balance": found}, said
+    p_good[where] = shift_to(both[len(known) :], balance, found)  # the model's own scores there have seen the labels
+    shared = share_difficulty(p_good, found, prompts)
+    apart, together = log_loss(p_good[where], labels), log_loss(shared[where], labels)
+    if together < apart:
+        p_good, said = shared, f"{said}, and what siblings say of a prompt's difficulty"
+    elif together > apart:
+        said += "; what siblings would say of a prompt's difficulty is left out, as the labels contradict it"
+    told |= {"balance": found, "difficulty_shared": float(together < apart)}
+    return p_good, p_good[where], told, said
 
 
 def shift_to(p_good: np.ndarray, balance: float, known: float) -> np.ndarray:
@@ -214,12 +233,10 @@ def _score(
     return (overall + float((pairs * same * win).sum() / inner)) / 2 if within and inner > 0 else overall
 
 
-def _say(
-    scores: Mapping[str, float], errors: Mapping[str, float], best: str, first: str, labels: int, prompts: int
-) -> str:
+def _say(scores: Mapping[str, float], errors: Mapping[str, float], best: str, labels: int, prompts: int) -> str:
     told = ", ".join(f"{name} {value:.3f}" for name, value in sorted(scores.items(), key=lambda x: -x[1]))
     head = f"auto: {best} on {labels} labels of {prompts} prompts (held-out ranking: {told})"
-    if best == first:
-        return f"{head}; no rung is surely better than it, and it is what would be used without labels"
-    lead = f"{scores[best] - scores[first]:.3f} (standard error {errors[best]:.3f})"
-    return f"{head}; it leads {first}, used without labels, by {lead}"
+    if best == STANDING:
+        return f"{head}; no rung is surely better than what would be used without labels, corrected by them"
+    lead = f"{scores[best] - scores[STANDING]:.3f} (standard error {errors[best]:.3f})"
+    return f"{head}; it leads what would be used without labels, corrected by them, by {lead}"

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.ensemble.base import Fit, logit, sigmoid, weighted_rates
+from align.ensemble.base import Fit, sigmoid, weighted_rates
 from align.ensemble.normalise import binarise, normalise, row_mean
 from align.ensemble.table import VerdictTable
 
-MAX_STEP = 4.0  # largest change of a coefficient in one Newton step: far from the optimum a full step overshoots
+OFFSET_RIDGE = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,42 +56,37 @@ def centred(values: np.ndarray) -> np.ndarray:
     return np.where(heard, values - mean, 0.0)
 
 
-def logistic_regression(
-    features: np.ndarray, labels: np.ndarray, ridge: float, towards: np.ndarray | None = None
-) -> tuple[np.ndarray, float]:
-    """Weights [M] and offset that minimise the log loss plus ridge/2 |w - towards|^2, by Newton's method.
-
-    The offset is hardly penalised; with more features than labels the weights are found in the labels' span, where
-    they lie, so the cost is that of the smaller of the two.
-    """
-    count, width = features.shape
-    aim = np.zeros(width) if towards is None else towards
-    if width > count:
-        kernel = features @ features.T  # w = aim + X' a
-        left, values, _ = np.linalg.svd(kernel)
-        reduced = left * np.sqrt(values)  # the same inner products with `count` features
-        inner, offset = _newton(reduced, labels, ridge, np.zeros(count), features @ aim)
-        keep = values > 1e-10 * max(float(values.max(initial=0.0)), 1e-300)
-        return aim + features.T @ (left[:, keep] @ (inner[keep] / np.sqrt(values[keep]))), offset
-    weights, offset = _newton(features, labels, ridge, np.zeros(width), features @ aim)
-    return aim + weights, offset
-
-
-def _newton(
-    features: np.ndarray, labels: np.ndarray, ridge: float, start: np.ndarray, base: np.ndarray
-) -> tuple[np.ndarray, float]:
-    """Minimiser of the penalised log loss of base + X w + b over w and b."""
+def logistic_regression(features: np.ndarray, labels: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
+    """Weights [M] and offset that minimise the log loss plus ridge/2 |w|^2; the offset is hardly pulled."""
     design = np.column_stack([features, np.ones(len(labels))])
-    penalty = np.append(np.full(features.shape[1], max(ridge, 1e-6)), 1e-2)
-    share = float(np.clip(labels.mean(), 0.05, 0.95))
-    found = np.append(start, logit(np.array(share)))
-    for _ in range(100):
-        p = sigmoid(base + design @ found)
-        gradient = design.T @ (p - labels) + penalty * found
-        curvature = (design.T * (p * (1.0 - p))) @ design + np.diag(penalty)
-        step = np.linalg.solve(curvature, gradient)
-        largest = float(np.abs(step).max())
-        found = found - step * min(1.0, MAX_STEP / max(largest, 1e-12))
-        if largest < 1e-9:
-            break
+    pull = np.append(np.full(features.shape[1], max(ridge, 1e-6)), OFFSET_RIDGE)
+    found = shrunk_logistic(design, labels, pull, np.zeros(len(pull)))
     return found[:-1], float(found[-1])
+
+
+def shrunk_logistic(design: np.ndarray, targets: np.ndarray, pull: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Coefficients [F] of least log loss of design [L, F] + sum pull/2 (coefficient - start)^2, each pull above 0.
+
+    Newton's method, its step halved until it gains: where an answer is sure and wrong a whole step overshoots and never
+    settles.  It is done in the span of the L rows, so more columns than rows cost no more.
+    """
+    scale = np.sqrt(pull)
+    left, values, right = np.linalg.svd(design / scale, full_matrices=False)
+    inner, base = left * values, design @ start
+
+    def cost(found: np.ndarray) -> float:
+        z = base + inner @ found
+        return float(np.logaddexp(0.0, z).sum() - targets @ z + found @ found / 2)
+
+    found = np.zeros(len(values))
+    for _ in range(100):
+        p = sigmoid(base + inner @ found)
+        gradient = inner.T @ (p - targets) + found
+        step = np.linalg.solve((inner.T * (p * (1.0 - p))) @ inner + np.eye(len(found)), gradient)
+        size, before = 1.0, cost(found)
+        while cost(found - size * step) > before - 1e-4 * size * float(gradient @ step) and size > 1e-9:
+            size /= 2
+        found = found - size * step
+        if size <= 1e-9 or float(np.abs(step).max()) < 1e-9:
+            break
+    return start + right.T @ found / scale

@@ -13,6 +13,7 @@ import numpy as np
 from align.ensemble.combine import Combined
 from align.ensemble.normalise import binarise, midranks, normalise, row_mean
 from align.ensemble.table import VerdictTable
+from align.evaluation.pair_calibration import pair_calibration
 
 
 def ensemble_report(
@@ -29,7 +30,8 @@ def ensemble_report(
     `coverage`             share of the judged responses that it had an opinion on
 
     Beside them `best_single` (the verifier with the best accuracy, known only thanks to gold), `gold_rate` (the
-    accuracy of always saying yes), `class_balance` (the ensemble's estimate of it), `judged`, `method`, and `explain`.
+    accuracy of always saying yes), `class_balance` (the ensemble's estimate of it), `pairs` (what came of P(win) and
+    P(tie), pair_calibration.py), `judged`, `method`, and `explain`.
     Gold that gives scores has neither accuracy nor AUC: those are empty, and the best single is by rank correlation.
     """
     known = np.array(gold, dtype=float)  # None becomes NaN
@@ -54,6 +56,7 @@ def ensemble_report(
         "best_single": best,
         "gold_rate": float(truth.mean()),
         "class_balance": balance,
+        "pairs": pair_calibration(combined.p_good, combined.pairs, known, table.prompts) if binary else None,
         "judged": len(truth),
         "method": combined.method,
         "explain": _explain("accuracy on gold" if binary else "rank correlation with gold", measure, best, len(truth)),

@@ -144,6 +144,9 @@ def _true_lines(true: Mapping[str, Any] | None) -> list[str]:
         f"  accuracy: {said}, best single verifier ({true['best_single']}) {_share(right['best_single'])}",
         f"  P(good): AUC {_share(true['auc']['p_good'])}, ECE {_share(curve['ece'])}, Brier {_share(curve['brier'])}",
     ]
+    if true["pairs"] is not None:
+        win, tie = (_share(true["pairs"][name]["ece"]) for name in ("win", "tie"))
+        lines.append(f"  {true['pairs']['pairs']:,} pairs within a group: ECE of P(win) {win}, of P(tie) {tie}")
     if picked is not None:
         rest = ", ".join(f"{name} {picked[name]:.3f}" for name in ("p_good", "majority", "random", "oracle"))
         lines.append(f"  best of each of {picked['groups']:,.0f} groups is good: {rest}")

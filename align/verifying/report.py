@@ -17,6 +17,7 @@ from align.ensemble.combine import Combined
 from align.ensemble.normalise import binarise, blocks, normalise, row_mean
 from align.ensemble.table import VerdictTable
 from align.evaluation.calibration import brier, expected_calibration_error, reliability
+from align.evaluation.pair_calibration import pair_calibration
 from align.evaluation.report import accuracy, auc
 
 TWO_SIDED = 1.96  # standard errors of a 95% interval
@@ -69,6 +70,7 @@ def true_report(table: VerdictTable, combined: Combined, gold: np.ndarray, seen:
     `auc`            chance that a good item stands above a bad one, by P(good) and by the mean
     `verifiers`      per verifier: votes that gold judges, accuracy with its 95% interval, tpr, tnr
     `calibration`    expected calibration error and Brier score of P(good), and its reliability curve
+    `pairs`          the same of P(win) and P(tie) of two items of a group (pair_calibration.py)
     `selection`      gold of the item picked in each group, by P(good), by majority, at random, by an oracle
     `correlation`    [M, M] of the verifiers' errors, given gold
     """
@@ -85,6 +87,7 @@ def true_report(table: VerdictTable, combined: Combined, gold: np.ndarray, seen:
         **_opinions(table, combined, majority, truth, verifiers),
         "verifiers": verifiers,
         "calibration": calibration(combined.p_good[known], truth[known]),
+        "pairs": pair_calibration(combined.p_good, combined.pairs, truth, table.prompts),
         "selection": selection(combined.p_good, majority, truth, table.prompts),
         "correlation": error_correlation(votes, truth),
     }

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.ensemble.base import logit, sigmoid
+from align.ensemble.base import Fit, logit, sigmoid
 from align.ensemble.calibrate import (
     PairProbability,
     cautious,
     fit_pairs,
     isotonic,
+    log_loss,
     pairs_within,
     platt,
     share_difficulty,
@@ -24,10 +25,13 @@ from align.ensemble.calibrate import (
 )
 from align.ensemble.combine import combine
 from align.ensemble.dawid_skene import DawidSkene
+from align.ensemble.ladder import Rung, calibrated
+from align.ensemble.mean import Mean
 from align.ensemble.patterns import patterns
 from align.ensemble.streaming import fit_stream, read_chunks
 from align.ensemble.table import VerdictTable
 from align.evaluation.calibration import brier, expected_calibration_error, reliability
+from align.evaluation.pair_calibration import pair_calibration
 from align.recipe import Ensemble
 
 NAN = float("nan")
@@ -133,6 +137,53 @@ def test_the_correlation_of_siblings_is_found_from_labelled_pairs() -> None:
     assert fit_pairs(np.full(1600, 0.5), y, prompts).correlation == pytest.approx(0.64, abs=0.1)
     assert fit_pairs(np.full(4, 0.5), y[:4], prompts[:4]).correlation == 0.0  # too few pairs
     assert len(pairs_within(prompts)[0]) == 400 * 6
+
+
+def test_pairs_are_those_of_a_prompt_and_not_without_end() -> None:
+    prompts = np.array([7, 3, 7, 3, 7, 5])
+    a, b = pairs_within(prompts)
+    assert {tuple(sorted(p)) for p in zip(a.tolist(), b.tolist(), strict=True)} == {(0, 2), (0, 4), (2, 4), (1, 3)}
+    assert len(pairs_within(np.array([1, 2, 3]))[0]) == len(pairs_within(np.empty(0, dtype=int))[0]) == 0
+    assert len(pairs_within(np.zeros(1000, dtype=int))[0]) == 64 * 63 // 2
+    assert len(pairs_within(np.repeat(np.arange(1000), 32))[0]) == 334 * 496  # every third prompt
+
+
+def test_the_reliability_of_pairs_by_hand() -> None:
+    # Two prompts: 0.8 against 0.5 came true, 0.8 against 0.5 was a tie; an unjudged and an equal one make no pair.
+    p = np.array([0.8, 0.5, 0.5, 0.8, 0.9, NAN, 0.3, 0.3])
+    gold = np.array([1.0, 0.0, 1.0, 1.0, NAN, 1.0, 1.0, 0.0])
+    found = pair_calibration(p, PairProbability(), gold, np.array([0, 0, 1, 1, 1, 1, 2, 2]))
+    assert found is not None and found["pairs"] == 2
+    assert found["win"]["bins"] == [{"count": 2, "stated": pytest.approx(0.4), "observed": 0.5}]
+    assert found["win"]["ece"] == pytest.approx(0.1) and found["tie"]["ece"] == pytest.approx(0.0)
+    assert found["win"]["brier"] == pytest.approx((0.36 + 0.16) / 2)
+    assert pair_calibration(p[:1], PairProbability(), gold[:1], np.array([0])) is None
+
+
+def test_platt_settles_where_a_sure_posterior_is_wrong() -> None:
+    # Log-odds of +-20 of which a quarter are wrong: whole Newton steps jump to and fro for ever.
+    p = sigmoid(np.where(np.arange(40) % 2 == 1, 20.0, -20.0))
+    y = np.where(np.arange(40) < 10, np.arange(40) % 2 == 0, np.arange(40) % 2 == 1).astype(float)
+    curve = platt(p, y)
+    assert 0.02 < curve.slope < 0.1 and log_loss(curve(p), y) < 0.6 < log_loss(p, y)
+
+
+def test_siblings_are_listened_to_where_the_labels_bear_it_out() -> None:
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(100), 8)
+    settings, rung = Ensemble(), Rung(Mean(2.0), learns=False)
+    shown = np.isin(prompts, np.arange(10))
+    for shared in (True, False):
+        rate = rng.choice([0.05, 0.95], 100)[prompts] if shared else np.full(800, 0.5)
+        y = (rng.random(800) < rate).astype(float)
+        evidence = np.where(y == 1, 1.0, -1.0) + rng.normal(size=800)
+        if not shared:  # what one response is said to be, all its siblings are: their verdicts are no new evidence
+            evidence = np.repeat(rng.normal(size=100) * 2.0, 8) + 0.2 * evidence
+        fit = Fit(sigmoid(evidence), 0.5, np.empty(0), np.empty(0))
+        known = np.where(shown, y, NAN)
+        p, seen, told, said = calibrated(fit, fit.p_good[shown], rung, known, prompts, settings)
+        assert told["difficulty_shared"] == float(shared) and ("and what siblings say" in said) is shared
+        np.testing.assert_array_equal(seen, p[shown])
 
 
 def test_two_in_a_hundred_labelled_prompts_calibrate_responses_and_pairs() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from align.ensemble.calibrate import PairProbability
 from align.errors import InputError
 from align.labels import (
     STAGE,
@@ -25,6 +26,7 @@ from align.labels import (
 from align.prompts import load_prompts
 from align.recipe import Recipe, Scratch
 from align.records import Sample, Verdict
+from align.stages import _combine, _pair_responses
 from align.training.scratch import build_tokenizer
 from align.verifiers.base import Item
 from tests.unit.recipe_texts import MINIMAL
@@ -135,12 +137,29 @@ class Round:
             STAGE: [Verdict(item.sample_id, n, 1.0, None) for item in file.items for n in "abc"],
         }  # fmt: skip
         self.truth = truth.astype(float)
+        self.reports: dict[str, str] = {}
+        self.said: list[str] = []
 
     def read(self, round_index: int, stage: str) -> list[Any]:
         return self._rows[stage]
 
     def labelled(self) -> Labelled:
         return self._file
+
+    def commit_shard(self, round_index: int, stage: str, index: int, rows: list[Any]) -> None:
+        self._rows[stage] = rows
+
+    def gold_values(self, round_index: int, stage: str, samples: list[Sample]) -> list[float | None]:
+        return self.truth.tolist()
+
+    def keep(self, round_index: int, name: str, value: Any) -> None:
+        self.reports[name] = json.dumps(value)
+
+    def kept(self, round_index: int, name: str) -> Any:
+        return json.loads(self.reports[name])
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def scores(self) -> tuple[np.ndarray, Any]:
         known = told(self, 0)  # type: ignore[arg-type]
@@ -191,3 +210,22 @@ def test_a_label_file_stands_beside_the_round_and_leaves_with_it(tmp_path: Path)
     assert p_good.shape == (80,) and known.report["from_file"] == 10 and known.report["labels"] == 10
     plain = Round(make(tmp_path), []).scores()[0]
     assert np.corrcoef(p_good, plain)[0, 1] > 0.5
+
+
+def test_what_labels_say_of_pairs_reaches_the_pair_stage_through_the_run_s_own_records(tmp_path: Path) -> None:
+    made = []
+    for shown in (0, 0, 10, 10):
+        recipe = make(tmp_path, prompts=shown) if shown else make(tmp_path)
+        run = Round(recipe, Round(recipe, []).truth.tolist())
+        _combine(run, 0, [])  # type: ignore[arg-type]
+        kept = run.kept(0, "ensemble")
+        pairs = _pair_responses(run, 0)[0].pairs  # type: ignore[arg-type]
+        chances = {s.sample_id: s.p_good for s in run.read(0, "scores")}
+        calibrated = PairProbability(kept["pair_correlation"])
+        for pair in pairs:
+            win, tie, _ = calibrated(chances[pair.chosen_id], chances[pair.rejected_id])
+            assert (pair.p_win, pair.p_tie) == (win, tie)
+        assert kept["on_gold"]["pairs"]["pairs"] > 0 and kept["on_gold"]["pairs"]["win"]["ece"] < 0.5
+        made.append((kept["pair_correlation"], pairs))
+    assert made[0] == made[1] and made[2] == made[3]  # a stage that is done again gives the same to the last bit
+    assert made[0][0] == 0.0 and made[2][0] != 0.0

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.ensemble.calibrate import PairProbability
 from align.pairs import DROPPED, PairReport, build_pairs, make_pair
 from align.recipe import Pairs
 from align.records import Sample, Score
@@ -39,6 +40,26 @@ def test_soft_labels_by_hand() -> None:
 def test_hard_labels_are_certain() -> None:
     pair = make_pair(score("a", 0.9), score("b", 0.2), Pairs(labels="hard"))
     assert (pair.p_win, pair.p_tie, pair.weight, pair.label) == (1.0, 0.0, 1.0, 1.0)
+
+
+def test_calibrated_chances_by_hand() -> None:
+    # Correlation 1/4: the covariance 0.25 sqrt(0.6 0.4 0.4 0.6) = 0.06 leaves win 0.36 and loss 0.16 and goes to ties.
+    chances = PairProbability(0.25)
+    pair = make_pair(score("a", 0.6), score("b", 0.4), Pairs(), chances)
+    assert (pair.p_win, pair.p_tie, pair.weight) == pytest.approx((0.30, 0.60, 0.40))
+    assert pair.label == pytest.approx(0.75) and pair.margin == pytest.approx(0.2)
+    hard = make_pair(score("a", 0.6), score("b", 0.4), Pairs(labels="hard"), chances)
+    assert (hard.p_win, hard.p_tie, hard.weight) == (1.0, 0.0, 1.0)
+    scores = [score("a", 0.6), score("b", 0.4)]
+    samples = {s.sample_id: sample(s.sample_id, s.prompt_id) for s in scores}
+    kept = [build_pairs(scores, samples, Pairs(max_tie=0.55), c).counts["pairs"] for c in (PairProbability(), chances)]
+    assert kept == [1, 0]  # a tie with 0.48 by the product rule, with 0.6 by what the labels say
+
+
+def test_chances_without_labels_are_the_product_rule_to_the_last_bit() -> None:
+    for better, worse in np.random.default_rng(0).random((1000, 2)).tolist():
+        win, loss = better * (1.0 - worse), worse * (1.0 - better)
+        assert PairProbability()(better, worse) == (win, max(0.0, 1.0 - win - loss), loss)
 
 
 def test_best_against_worst_of_each_prompt() -> None:

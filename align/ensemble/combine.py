@@ -26,6 +26,7 @@ from align.ensemble.mean import Mean
 from align.ensemble.moments import MatchedMoments, Moments, Triplets
 from align.ensemble.normalise import binarise, normalise, row_mean, row_spread
 from align.ensemble.prepare import MIN_SOURCES, pooled
+from align.ensemble.strata import upside_down_in_part
 from align.ensemble.table import VerdictTable
 from align.ensemble.weaver import Weaver
 from align.recipe import Ensemble
@@ -106,6 +107,8 @@ def combine(table: VerdictTable, settings: Ensemble, labels: Mapping[str, bool] 
     warnings += two_camps(table.names, values, p_good, row_mean(values))
     if known is not None:
         warnings += against_labels(choice.fit.p_good, known)
+        if settings.method != "auto":  # auto has looked, on held-out scores
+            warnings += upside_down_in_part(choice.fit.p_good, known, table.prompts, values)
     diagnostics = {**choice.fit.diagnostics, **describe(table, choice, p_good, settings)}
     if settings.method == "auto" and known is None and choice.method != "mean":
         p_good = cautious(p_good, diagnostics["effective_verifiers"], float(len(choice.table.names)))

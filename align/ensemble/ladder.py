@@ -28,6 +28,8 @@ from align.ensemble.gaussian import GaussianEM
 from align.ensemble.labelled import BestSingle, NaiveBayes
 from align.ensemble.logistic import Logistic, enough
 from align.ensemble.mean import Mean
+from align.ensemble.normalise import normalise
+from align.ensemble.strata import upside_down_in_part
 from align.ensemble.table import VerdictTable
 from align.recipe import Ensemble
 
@@ -109,6 +111,9 @@ def with_labels(
         warnings += (f"upside down: without labels {first} would have ranked bad responses above good ones",)
     if scores[best] < 0.55:
         warnings += (f"no rung tells good from bad on held-out labels (best {best}, {scores[best]:.2f}; chance 0.50)",)
+    seen_by_none = np.full(len(labels), np.nan)
+    seen_by_none[rows] = held_out[best]
+    warnings += upside_down_in_part(seen_by_none, labels, lean.prompts, normalise(lean))
     diagnostics = {**fit.diagnostics, **diagnostics, **{f"held_out/{name}": value for name, value in scores.items()}}
     fit = replace(fit, diagnostics=diagnostics)
     choice = Choice(best, fit, why, warnings, lean, ladder[best].model, pairs)

@@ -76,12 +76,20 @@ def test_no_channel_says_more_than_the_limit() -> None:
 
 
 def test_a_family_is_one_channel_with_its_joint_votes_as_levels() -> None:
-    values = np.array([[1, 1, 0.5], [0, 1, 0.7], [1, 1, 0.9], [NAN, 0, 0.1], [NAN, NAN, 0.2]])
+    values = np.tile([[1, 1, 0.5], [0, 1, 0.7], [1, 1, 0.9], [NAN, 0, 0.1], [NAN, NAN, 0.2]], (15, 1))
     family, score = channels(table_of(values, ("binary", "binary", "score"), ("d", "d", "")))
     assert family.columns == (0, 1) and score.columns == (2,)
     assert family.codes[4] == -1 and family.codes[0] == family.codes[2]
     assert len(set(family.codes[:4].tolist())) == 3
     np.testing.assert_allclose(family.levels[family.codes[[0, 1, 3]]], [1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(("rows", "levels"), [(79, 3), (80, 4)])
+def test_a_family_s_joint_votes_need_twenty_responses_each(rows: int, levels: int) -> None:
+    votes = np.tile([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], (20, 1))[:rows]
+    (family,) = channels(table_of(votes, ("binary", "binary"), ("d", "d")))
+    assert len(family.levels) == levels  # else none, one or two yes: which of the two said it is forgotten
+    assert (family.codes[1] == family.codes[2]) == (levels == 3)
 
 
 def test_a_score_with_few_values_keeps_them_and_with_many_is_cut_by_rank() -> None:

@@ -115,12 +115,11 @@ def gated(table: VerdictTable, truth: np.ndarray, labels: np.ndarray) -> list[fl
     p, y, group = told.p_good[free], truth[free], table.prompts[free]
     best = [rows[[np.argmax(p[rows]), np.argmin(p[rows])]] for rows in np.split(np.arange(len(p)), _cuts(group))]
     a, b = np.array(best).T
-    win = told.pairs
-    stated = np.array([win(x, z)[0] for x, z in zip(p[a], p[b], strict=True)])
+    stated = told.pairs.of(p[a], p[b])[0]
     first, second = pairs_within(group[:3200])
     swap = p[first] < p[second]
     high, low = np.where(swap, second, first), np.where(swap, first, second)
-    every = p[high] * (1 - p[low])
+    every = told.pairs.of(p[high], p[low])[0]
     return [
         selected(alone.p_good, truth, table.prompts), selected(mean.p_good, truth, table.prompts),
         selected(np.where(known, -1.0, told.p_good)[free], y, np.unique(group, return_inverse=True)[1]),

@@ -120,10 +120,10 @@ def with_labels(
     return choice, np.where(known, labels, p_good)
 
 
-def pick(scores: Mapping[str, float], errors: Mapping[str, float]) -> str:
-    """The rung with the best held-out score where it surely leads the standing one, else that."""
+def pick(scores: Mapping[str, float], errors: Mapping[str, float], sure: float = SURE) -> str:
+    """The rung with the best held-out score where it leads the standing one by `sure` standard errors, else that."""
     best = max(scores, key=lambda name: scores[name])
-    return best if scores[best] - scores[STANDING] > SURE * errors[best] else STANDING
+    return best if scores[best] - scores[STANDING] > sure * errors[best] else STANDING
 
 
 def calibrated(

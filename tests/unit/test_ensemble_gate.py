@@ -12,6 +12,7 @@ from align.ensemble.combine import combine
 from align.ensemble.dawid_skene import DawidSkene
 from align.ensemble.diagnostics import collapsed, effective_number, two_camps
 from align.ensemble.jury import ballot, correlations, juror_weights, weighted_median
+from align.ensemble.ladder import pick
 from align.ensemble.prepare import determined, explained_variance, learning_sets, within_prompts, without
 from align.ensemble.table import VerdictTable
 from align.evaluation.report import accuracy, auc
@@ -189,6 +190,13 @@ def test_without_labels_p_good_is_held_back_and_its_order_and_side_kept() -> Non
 
 
 # ---- with labels --------------------------------------------------------------------------------------------------
+
+
+def test_a_rung_must_surely_lead_the_standing_one() -> None:
+    scores = {"corrected": 0.8, "logistic": 0.9, "mean": 0.7}
+    assert pick(scores, {"corrected": 0.0, "logistic": 0.06, "mean": 0.01}) == "logistic"
+    assert pick(scores, {"corrected": 0.0, "logistic": 0.07, "mean": 0.01}) == "corrected"
+    assert pick(scores, {"corrected": 0.0, "logistic": 0.07, "mean": 0.01}, sure=1.0) == "logistic"
 
 
 def test_a_few_labelled_prompts_mend_a_shared_error() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pytest
 
+from align.ensemble.base import Fit, sigmoid
 from align.ensemble.combine import METHODS, combine
+from align.ensemble.correct import Corrected
 from align.ensemble.gaussian import GaussianEM
 from align.ensemble.labelled import BestSingle, NaiveBayes, agreement
-from align.ensemble.logistic import logistic_regression
+from align.ensemble.logistic import logistic_regression, shrunk_logistic
 from align.ensemble.moments import MatchedMoments, Moments, Triplets, from_loadings, pairwise, rank_one
 from align.ensemble.normalise import gaussian_scores, probit
 from align.ensemble.table import VerdictTable
@@ -223,6 +227,56 @@ def test_prompts_are_clustered_by_distinct_answers() -> None:
     answers = tuple(str(i % 3 if i < 45 else 0) for i in range(90))
     big = dataclasses.replace(table_of(votes, prompts=np.repeat(np.arange(30), 3)), answers=answers)
     assert combine(big, Ensemble(method="weaver", clusters=2)).diagnostics["clusters"] == 2
+
+
+def test_shrunk_logistic_regression_is_at_its_optimum_and_settles_on_sure_answers() -> None:
+    rng = np.random.default_rng(0)
+    for rows, width in ((30, 4), (6, 20)):
+        design = rng.normal(size=(rows, width)) * 30.0  # whole Newton steps would jump to and fro
+        targets = (rng.random(rows) < 0.5).astype(float)
+        pull, start = rng.uniform(0.5, 4.0, width), rng.normal(size=width)
+        found = shrunk_logistic(design, targets, pull, start)
+        slope = design.T @ (sigmoid(design @ found) - targets) + pull * (found - start)
+        assert np.abs(slope).max() < 1e-5
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An opinion that is what it is."""
+
+    p_good: np.ndarray
+
+    def fit(self, table: VerdictTable, labels: np.ndarray | None = None) -> Fit:
+        assert labels is None, "the standing answer sees no label"
+        return Fit(self.p_good, 0.5, np.full(2, 0.7), np.full(2, 0.7))
+
+
+def test_the_standing_answer_is_kept_without_labels_and_mended_by_them() -> None:
+    rng = np.random.default_rng(0)
+    truth = (rng.random(2000) < 0.5).astype(float)
+    votes = np.column_stack([np.where(rng.random(2000) < r, truth, 1 - truth) for r in (0.9, 0.6)])
+    table, wrong = table_of(votes), np.where(votes[:, 1] == 1, 0.8, 0.2)  # follows the worse of the two
+    model = Corrected(Standing(wrong))
+    np.testing.assert_array_equal(model.fit(table).p_good, wrong)
+    one_class = np.where(np.arange(2000) < 30, 1.0, NAN)
+    np.testing.assert_array_equal(model.fit(table, one_class).p_good, wrong)
+    right = []
+    for count in (4, 40, 1000):
+        p_good = model.fit(table, np.where(np.arange(2000) < count, truth, NAN)).p_good
+        right.append(float(((p_good[1000:] > 0.5) == truth[1000:]).mean()))
+    assert right[0] < 0.85 and right[2] == pytest.approx(0.9, abs=0.02) and right[0] <= right[1] <= right[2] + 0.01
+    silent = replace(table, values=np.vstack([[NAN, NAN], votes[1:]]))
+    assert np.isnan(Corrected(Standing(np.r_[NAN, wrong[1:]])).fit(silent, truth).p_good[0])
+
+
+def test_a_correction_by_hand() -> None:
+    # One verifier that says nothing new: slope s and offset o solve sum (q - y) x + 4 (s - 1) = 0 = sum (q - y) + 2 o.
+    p, y = np.array([0.9, 0.9, 0.1, 0.1]), np.array([1.0, 0.0, 0.0, 0.0])
+    found = Corrected(Standing(p)).fit(table_of(np.ones((4, 1))), y).p_good
+    x = np.log(9.0) / (1 + (np.log(9.0) / 8) ** 4) ** 0.25 * np.array([1, 1, -1, -1])
+    z = np.log(found / (1 - found))
+    s, o = (z[0] - z[2]) / (x[0] - x[2]), (z[0] + z[2]) / 2
+    assert abs((found - y) @ x + 4 * (s - 1)) < 0.01 and abs((found - y).sum() + 2 * o) < 0.01
 
 
 # ---- every method on every bad table -------------------------------------------------------------------------------

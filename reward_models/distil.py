@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from align.ensemble.combine import to_scores
 from align.errors import InputError, RunError
 from align.labels import combine_told, told
-from align.model_files import resolve_model
+from align.model_files import check_model_dir, resolve_model
 from align.progress import track
 from align.records import Sample, Verdict, content_id
 from align.verifiers.base import Item
@@ -283,8 +283,9 @@ def distil(run: Run, base: str | None, layers: int | None, settings: Fitting) ->
     """
     if run.store.verify_directory(NAME) is not None:
         raise InputError(f"{run.store.root / NAME}: is there already; delete it to distil again")
-    material = read_material(run)
     start = resolve_model(base, key="--base") if base else default_base(run)
+    check_model_dir(start, key="--base")
+    material = read_material(run)
     model, tokenizer, report = teach(material, start, settings, layers)
     with run.store.commit_directory(NAME) as directory:
         save(model, tokenizer, directory)

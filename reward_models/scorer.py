@@ -85,7 +85,9 @@ def make_scorer(base: Path, layers: int | None = None, seed: int = 0) -> tuple[n
             config.layer_types = config.layer_types[:layers]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, config=config, dtype=torch.float32, use_safetensors=True
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

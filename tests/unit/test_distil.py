@@ -13,7 +13,7 @@ import torch
 from align.errors import InputError
 from align.recipe import Scratch
 from align.training.scratch import create_model
-from reward_models.distil import Example, Material, default_base, merged, selection, split, teach
+from reward_models.distil import Example, Material, default_base, distil, merged, selection, split, teach
 from reward_models.scorer import Fitting, Lesson, _batches, _losses, encode, fit, lessons, make_scorer, save, score
 
 SHAPE = Scratch(hidden_size=32, intermediate_size=64, layers=2, heads=1, kv_heads=1, context=16)
@@ -195,3 +195,14 @@ def test_the_default_base_is_the_trained_policy_where_there_is_a_whole_one(tmp_p
 def test_layers_that_are_not_there_are_refused(base: Path) -> None:
     with pytest.raises(InputError, match=r"--layers 3: .* has 2"):
         make_scorer(base, layers=3)
+
+
+def test_a_base_with_pickled_weights_is_refused_before_anything_is_read(tmp_path: Path, base: Path) -> None:
+    for file in base.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not to be opened")
+    store = SimpleNamespace(root=tmp_path, verify_directory=lambda name: None)
+    run: Any = SimpleNamespace(store=store)
+    with pytest.raises(InputError, match=r"--base: .* pickle only \(pytorch_model.bin\)"):
+        distil(run, str(tmp_path), None, Fitting())

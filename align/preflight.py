@@ -6,7 +6,9 @@ tells the two apart: it must be high for the largest k, and still rise on the wa
 nothing to be found by pushing wrong answers down.
 
 The curve is measured once, on held-out prompts, with samples of the policy as the run begins, and kept as
-`preflight.json` of round 0; every later look at it, after a restart too, reads that file.
+`preflight.json` of round 0; every later look at it, after a restart too, reads that file.  All its points are
+means over the same prompts, or a rise could come from another choice of them: it ends at the largest k for which
+`REACH` of the prompts have k judged responses, and prompts with fewer are left out and counted.
 
 Legend: P prompts.
 """
@@ -14,6 +16,7 @@ Legend: P prompts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +38,20 @@ if TYPE_CHECKING:
 SAMPLES, VERDICTS, REPORT = "preflight_samples", "preflight_verdicts", "preflight"
 NEARLY_ALL = 0.99
 """From this pass@k on there is nothing left to rise to."""
+REACH = 0.9
+"""The curve ends at the largest k for which at least this share of the prompts have k judged responses."""
+
+
+@dataclass(frozen=True)
+class PassCurve:
+    """pass@k by k, all of them means over the same prompts.
+
+    Example: PassCurve({1: 0.4, 2: 0.7, 4: 0.9}, prompts=190, left_out=10)
+    """
+
+    values: Mapping[int, float]  # empty where no prompt, or too few, have even one judged response
+    prompts: int  # behind every value
+    left_out: int  # prompts with fewer judged responses than the largest k
 
 
 def preflight(run: Run) -> None:
@@ -56,7 +73,7 @@ def preflight(run: Run) -> None:
             with run.ranks.stage(REPORT):
                 if run.ranks.rank == 0:
                     curve = _curve(run, judge)
-                    run.keep(0, REPORT, report(training.algorithm, judge, len(prompts), curve, look))
+                    run.keep(0, REPORT, report(training.algorithm, judge, curve, look))
             run.ranks.barrier(REPORT)
         run.say(f"pre-flight: {run.kept(0, REPORT)['explain']}")
     found = run.kept(0, REPORT)
@@ -75,25 +92,35 @@ def settled(recipe: Recipe, found: Mapping[str, Any] | None) -> Recipe:
     return recipe.model_copy(update={"training": training})
 
 
-def report(algorithm: str, judge: str, prompts: int, curve: Mapping[int, float], look: Preflight) -> dict[str, Any]:
+def report(algorithm: str, judge: str, curve: PassCurve, look: Preflight) -> dict[str, Any]:
     """What is kept of the look: the curve, whether there is a chance, and what is done about it."""
-    chance, why = has_chance(curve, look)
+    chance, why = has_chance(curve.values, look)
     decision = "go" if chance else look.mode
     trains = {"go": algorithm, "fallback": FALLBACK}.get(decision)
     told = f"training goes on with {trains}" if trains else "training is refused"
-    shown = ", ".join(f"pass@{k} {value:.3f}" for k, value in curve.items())
-    explain = f"{shown} on {prompts} held-out prompts by {judge}; {why}; {told}"
     return {
         "algorithm": algorithm,
         "judge": judge,
-        "prompts": prompts,
+        "prompts": curve.prompts,
+        "prompts_left_out": curve.left_out,
         "samples_per_prompt": look.samples_per_prompt,
-        "pass": {str(k): value for k, value in curve.items()},
+        "pass": {str(k): value for k, value in curve.values.items()},
         "chance": chance,
         "decision": decision,
         "trains_with": trains,
-        "explain": explain,
+        "explain": f"{_shown(curve, look)} by {judge}; {why}; {told}",
     }
+
+
+def _shown(curve: PassCurve, look: Preflight) -> str:
+    """The curve in words, with what it leaves out."""
+    drawn, top = curve.prompts + curve.left_out, max(curve.values, default=0)
+    if not curve.values:
+        return f"fewer than {REACH:.0%} of {drawn} held-out prompts have a judged response"
+    shown = ", ".join(f"pass@{k} {value:.3f}" for k, value in curve.values.items())
+    left = f" ({curve.left_out} of {drawn} have fewer than {top} judged responses)" if curve.left_out else ""
+    short = f", no further than k={top} for want of judged responses" if top < look.samples_per_prompt else ""
+    return f"{shown} on {curve.prompts} held-out prompts{left}{short}"
 
 
 def has_chance(curve: Mapping[int, float], look: Preflight) -> tuple[bool, str]:
@@ -109,14 +136,14 @@ def has_chance(curve: Mapping[int, float], look: Preflight) -> tuple[bool, str]:
     return True, "negative-only training has a chance"
 
 
-def pass_curve(judged: np.ndarray, right: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
-    """pass@k by k, the mean over prompts with k judged responses; judged and right count responses [P]."""
-    curve = {}
-    for k in ks:
-        enough = judged >= k
-        if enough.any():
-            curve[k] = float(pass_at_k(judged[enough], right[enough], k).mean())
-    return curve
+def pass_curve(judged: np.ndarray, right: np.ndarray, ks: Sequence[int]) -> PassCurve:
+    """pass@k for each k up to the largest that `REACH` of the prompts reach; judged and right count responses [P]."""
+    reached = [k for k in ks if (judged >= k).mean() >= REACH] if len(judged) else []
+    if not reached:
+        return PassCurve({}, 0, len(judged))
+    enough = judged >= max(reached)
+    values = {k: float(pass_at_k(judged[enough], right[enough], k).mean()) for k in sorted(reached)}
+    return PassCurve(values, int(enough.sum()), int((~enough).sum()))
 
 
 def sizes(look: Preflight) -> list[int]:
@@ -180,7 +207,7 @@ def _verify(run: Run, prompts: Sequence[Prompt], *, gold: bool) -> None:
     store.commit_stage(0, VERDICTS, len(shards))
 
 
-def _curve(run: Run, judge: str) -> dict[int, float]:
+def _curve(run: Run, judge: str) -> PassCurve:
     """Rank 0: pass@k from the committed verdicts."""
     recipe, samples, verdicts = run.recipe, run.read(0, SAMPLES), run.read(0, VERDICTS)
     if judge == "gold":

@@ -41,7 +41,7 @@ class Preflight(Block):
     prompts: Count = 200
     """Held-out prompts; fewer where the split has fewer."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 64
-    """Responses to each: the largest k."""
+    """Responses to each: the largest k, unless more than a tenth of the prompts have fewer judged responses."""
     min_pass: Fraction = 0.9
     """pass@k of the largest k must reach this."""
     rise_from: Count = 8

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from align.preflight import has_chance, pass_curve, report, settled, sizes
+from align.preflight import PassCurve, has_chance, pass_curve, report, settled, sizes
 from align.recipe import Recipe
 from align.recipe_negative import Preflight
 
@@ -26,11 +26,34 @@ def recipe(algorithm: str, sampling: dict[str, Any] | None = None, **training: A
 
 
 def test_the_curve_by_hand() -> None:
-    """Of four responses one prompt has one right and one has none: pass@k is half of 1 - C(3, k) / C(4, k)."""
-    judged, right = np.array([4.0, 4.0, 2.0]), np.array([1.0, 0.0, 2.0])
+    """Of four responses one prompt has one right, one has none and one has all: 1 - C(3, k) / C(4, k), 0 and 1."""
+    judged, right = np.array([4.0, 4.0, 4.0]), np.array([1.0, 0.0, 4.0])
     curve = pass_curve(judged, right, [1, 2, 4, 8])
-    assert curve == pytest.approx({1: (0.25 + 0 + 1) / 3, 2: (0.5 + 0 + 1) / 3, 4: 0.5})  # two judged say nothing of 4
-    assert pass_curve(np.zeros(2), np.zeros(2), [1]) == {}
+    assert curve.values == pytest.approx({1: 1.25 / 3, 2: 1.5 / 3, 4: 2 / 3})  # nobody has eight
+    assert (curve.prompts, curve.left_out) == (3, 0)
+    assert pass_curve(np.zeros(2), np.zeros(2), [1]) == PassCurve({}, 0, 2)
+    assert pass_curve(np.zeros(0), np.zeros(0), [1]) == PassCurve({}, 0, 0)
+
+
+def test_every_k_is_of_the_same_prompts() -> None:
+    """Nineteen prompts have one right of four; the twentieth has one judged response, a right one.
+
+    In pass@1 alone it would raise the mean from 1/4 to 1/4 + (1 - 1/4) / 20 and so take from the rise.
+    """
+    judged, right = np.array([4.0] * 19 + [1.0]), np.ones(20)
+    curve = pass_curve(judged, right, [1, 2, 4])
+    assert curve.values == pytest.approx({1: 0.25, 2: 0.5, 4: 1.0})
+    assert (curve.prompts, curve.left_out) == (19, 1)
+
+
+def test_a_k_that_few_prompts_reach_is_no_part_of_the_curve() -> None:
+    """Eight of ten have four judged responses, below nine tenths; all have two, so all count, up to k=2."""
+    judged, right = np.array([4.0] * 8 + [2.0] * 2), np.array([1.0] * 8 + [0.0] * 2)
+    curve = pass_curve(judged, right, [1, 2, 4])
+    assert curve.values == pytest.approx({1: 0.8 * 0.25, 2: 0.8 * 0.5})
+    assert (curve.prompts, curve.left_out) == (10, 0)
+    nine = pass_curve(np.array([4.0] * 9 + [2.0]), np.zeros(10), [1, 2, 4])
+    assert list(nine.values) == [1, 2, 4] and nine.left_out == 1
 
 
 def test_the_sizes_hold_powers_of_two_and_both_ends() -> None:
@@ -64,9 +87,18 @@ def test_the_report_says_what_is_done() -> None:
         (low, "fallback", "fallback", "w_reinforce"),
         (high, "fallback", "go", "nsr"),
     ):
-        told = report("nsr", "gold", 200, curve, Preflight(mode=mode))  # type: ignore[arg-type]
+        told = report("nsr", "gold", PassCurve(curve, 200, 0), Preflight(mode=mode))  # type: ignore[arg-type]
         assert (told["decision"], told["trains_with"]) == (decision, trains)
         assert f"pass@64 {curve[64]:.3f} on 200 held-out prompts by gold" in told["explain"]
+
+
+def test_the_report_says_what_the_curve_leaves_out() -> None:
+    told = report("nsr", "gold", PassCurve({1: 0.5, 8: 0.9, 32: 0.97}, 190, 10), Preflight())
+    assert (told["prompts"], told["prompts_left_out"], told["chance"]) == (190, 10, True)
+    assert "pass@32 0.970 on 190 held-out prompts (10 of 200 have fewer than 32 judged responses)" in told["explain"]
+    assert "no further than k=32 for want of judged responses" in told["explain"]
+    none = report("nsr", "gold", PassCurve({}, 0, 200), Preflight())
+    assert none["explain"].startswith("fewer than 90% of 200 held-out prompts have a judged response by gold; too few")
 
 
 def test_the_fallback_trains_with_w_reinforce_and_its_settings() -> None:

@@ -245,10 +245,12 @@ def batch_tokens(recipe: Recipe, ranks: int, longest: int) -> tuple[int, int]:
 
 def _group_tokens(recipe: Recipe, ranks: int, longest: int) -> tuple[int, int]:
     """The same for a trainer of whole prompts, whose responses are split over groups where the budget is short."""
-    response, n = recipe.sampling.max_new_tokens, recipe.sampling.samples_per_prompt
+    given = recipe.training.negative.dispreferred_column is not None
+    response, n = recipe.sampling.max_new_tokens, recipe.sampling.samples_per_prompt + given
     budget, prompt = recipe.training.tokens_per_batch, longest - response
     whole = prompt + n * response
-    row = whole if recipe.training.algorithm == "p3o" else max(longest, min(budget, whole))  # p3o splits no prompt
+    unsplit = recipe.training.algorithm in ("p3o", "d2o")
+    row = whole if unsplit else max(longest, min(budget, whole))
     step = -(-prompts_per_step(recipe) // ranks) * whole
     return max(row, min(budget, step)), row
 

@@ -167,7 +167,9 @@ def _prompt_facts(recipe: Recipe, policy: ModelShape, context: int, prompts: Pro
     if prompts is None:
         prompts = load_prompts(recipe, _tokenizer(recipe), policy.context)
     round_prompts(prompts.train, 0, recipe.rounds.prompts_per_round, recipe.seed)  # refuses more than there are
-    longest = max((len(p.token_ids) for p in (*prompts.train, *prompts.eval)), default=0)
+    response = recipe.sampling.max_new_tokens  # a longer given answer takes the rest of its room with the prompt
+    over = {p.id: max(0, len(p.dispreferred.response_ids) - response) for p in prompts.train if p.dispreferred}
+    longest = max((len(p.token_ids) + over.get(p.id, 0) for p in (*prompts.train, *prompts.eval)), default=0)
     return PromptFacts(len(prompts.train), len(prompts.eval), longest, read=True)
 
 

@@ -11,12 +11,14 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from align.dispreferred import given_answers
 from align.errors import InputError
 from align.prompt_sources import Row, RowErrors, read_rows, text_of, text_problem
 from align.recipe import Prompts, Recipe
-from align.records import Prompt, content_id
+from align.records import Given, Prompt, content_id
+from align.rendering import Item, render, tokenize, turns_of
 from align.tasks import arithmetic
 
 if TYPE_CHECKING:
@@ -33,20 +35,7 @@ class PromptSet:
     train: tuple[Prompt, ...]
     eval: tuple[Prompt, ...]
     digest: str  # sha256 over split, id, token ids and answer of every prompt
-    report: Mapping[str, int]  # rows: read, duplicates, too_long; prompts: train, eval
-
-
-class Item(NamedTuple):
-    """A row that passed its own checks, before it is rendered.
-
-    Example: Item("prompts.jsonl:12", "1+2=", "3", None)
-    """
-
-    where: str
-    content: str | list[dict[str, Any]]  # text, or chat messages
-    answer: str | None
-    split: str | None  # None: by hash
-    columns: tuple[tuple[str, str], ...] = ()  # those that verifiers read
+    report: Mapping[str, int]  # rows: read, duplicates, too_long, dispreferred_too_long; prompts: train, eval
 
 
 def load_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int | None) -> PromptSet:
@@ -60,16 +49,28 @@ def load_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: in
     if settings.source == "arithmetic":
         items = _read_arithmetic(settings, recipe.seed)
     else:
-        items = _read_source(settings, recipe.verifier_columns())
+        items = _read_source(settings, recipe.verifier_columns(), recipe.training.negative.dispreferred_column)
     texts = render(items, settings, tokenizer)
     token_ids = tokenize(items, texts, tokenizer, special=not settings.chat_template)
     keep = _short_enough(items, token_ids, recipe, context)
-    prompts, duplicates = _unique([items[i] for i in keep], [texts[i] for i in keep], [token_ids[i] for i in keep],
-                                  settings)  # fmt: skip
+    counts = {"read": len(items), "duplicates": 0, "too_long": len(items) - len(keep)}
+    given: dict[int, Given | None] = {}
+    if recipe.training.negative.dispreferred_column is not None:
+        train_rows = [i for i in keep if _split_of(items[i], texts[i], settings) == "train"]
+        found = given_answers(
+            [items[i] for i in train_rows], [texts[i] for i in train_rows], [token_ids[i] for i in train_rows],
+            recipe, tokenizer, context,
+        )  # fmt: skip
+        given = dict(zip(train_rows, found, strict=True))
+        keep = [i for i in keep if i not in given or given[i] is not None]
+        counts["dispreferred_too_long"] = list(given.values()).count(None)
+    prompts, counts["duplicates"] = _unique(
+        [items[i] for i in keep], [texts[i] for i in keep], [token_ids[i] for i in keep],
+        [given.get(i) for i in keep], settings,
+    )  # fmt: skip
     train = tuple(p for p in prompts if p.split == "train")
     held_out = tuple(p for p in prompts if p.split == "eval")
     _check_splits(train, held_out, settings)
-    counts = {"read": len(items), "duplicates": duplicates, "too_long": len(items) - len(keep)}
     return PromptSet(train, held_out, _digest(prompts), {**counts, "train": len(train), "eval": len(held_out)})
 
 
@@ -125,9 +126,13 @@ def _read_arithmetic(settings: Prompts, seed: int) -> list[Item]:
     return [Item(f"arithmetic:{i}", p.question, p.answer, None) for i, p in enumerate(drawn, 1)]
 
 
-def _read_source(settings: Prompts, wanted: Sequence[str]) -> list[Item]:
-    """Rows of a file or hub dataset, each checked; all bad rows are told together.  Verifiers ask for `wanted`."""
-    columns = [c for c in (settings.prompt_column, settings.answer_column, settings.split_column) if c is not None]
+def _read_source(settings: Prompts, wanted: Sequence[str], dispreferred: str | None) -> list[Item]:
+    """Rows of a file or hub dataset, each checked; all bad rows are told together.  Verifiers ask for `wanted`.
+
+    The column of dispreferred answers is looked at later: rows that are held out need none.
+    """
+    named = (settings.prompt_column, settings.answer_column, settings.split_column, dispreferred)
+    columns = [c for c in named if c is not None]
     columns += [c for c in wanted if c not in columns]
     rows = read_rows(
         settings.source, columns=tuple(columns), key="prompts.source", limit=settings.limit, revision=settings.revision
@@ -144,7 +149,8 @@ def _read_source(settings: Prompts, wanted: Sequence[str]) -> list[Item]:
             split = _named_split(row, settings.split_column, errors)
         if errors.count == before:
             assert content is not None
-            items.append(Item(row.where, content, answer, split, columns_of(row, wanted)))
+            kept = row if dispreferred is not None else None
+            items.append(Item(row.where, content, answer, split, columns_of(row, wanted), kept))
     errors.check("prompts.prompt_column, answer_column and split_column say which columns are read")
     return items
 
@@ -201,66 +207,6 @@ def _named_split(row: Row, column: str, errors: RowErrors) -> str | None:
     return _SPLITS[name] if name is not None else None
 
 
-def render(items: Sequence[Item], settings: Prompts, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each prompt, after the chat template where the recipe asks for it."""
-    if not settings.chat_template:
-        return [item.content for item in items if isinstance(item.content, str)]
-    from jinja2 import TemplateError
-
-    system = [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt is not None else []
-    texts, errors = [], RowErrors()
-    for item in items:
-        content = item.content
-        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        try:
-            text = tokenizer.apply_chat_template(system + messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
-            errors.add(f"{item.where}: the tokenizer's chat template refuses this prompt: {error}")
-            continue
-        texts.append(str(text))
-    errors.check()
-    return texts
-
-
-def turns_of(content: str | list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
-    """(role, text) of each message; a text alone is the user's."""
-    if isinstance(content, str):
-        return (("user", content),)
-    return tuple((str(message["role"]), str(message["content"])) for message in content)
-
-
-def tokenize(
-    items: Sequence[Item], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, special: bool
-) -> list[tuple[int, ...]]:
-    """Token ids of each text, with the tokenizer's own special tokens in front (Llama's `<s>`) if `special`.
-
-    Plain prompts get them; a chat template writes its own, so none are added there.  An end-of-sequence token that
-    the tokenizer puts behind the text goes: the response follows.  A character that the tokenizer does not know is
-    an error, because the policy would not see it.
-    """
-    encoded = tokenizer(list(texts), add_special_tokens=special)["input_ids"]
-    end, unknown = tokenizer.eos_token_id, tokenizer.unk_token_id
-    found, errors = [], RowErrors()
-    for item, text, ids in zip(items, texts, encoded, strict=True):
-        if ids and ids[-1] == end and not text.endswith(tokenizer.eos_token):
-            ids = ids[:-1]
-        if not ids:
-            errors.add(f"{item.where}: the tokenizer makes no tokens of {text[:40]!r}")
-        elif unknown is not None and unknown in ids and tokenizer.unk_token not in text:
-            errors.add(f"{item.where}: {_unknown_part(text, tokenizer)} is unknown to the tokenizer, in {text[:40]!r}")
-        found.append(tuple(ids))
-    errors.check()
-    return found
-
-
-def _unknown_part(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first character that alone becomes the unknown token, or "a part"."""
-    for character in text:
-        if tokenizer.unk_token_id in tokenizer(character, add_special_tokens=False)["input_ids"]:
-            return repr(character)
-    return "a part"
-
-
 def _short_enough(
     items: Sequence[Item], token_ids: Sequence[tuple[int, ...]], recipe: Recipe, context: int | None
 ) -> list[int]:
@@ -294,7 +240,11 @@ def _short_enough(
 
 
 def _unique(
-    items: Sequence[Item], texts: Sequence[str], token_ids: Sequence[tuple[int, ...]], settings: Prompts
+    items: Sequence[Item],
+    texts: Sequence[str],
+    token_ids: Sequence[tuple[int, ...]],
+    given: Sequence[Given | None],
+    settings: Prompts,
 ) -> tuple[list[Prompt], int]:
     """The prompts in order of their ids, and how many repetitions were left out.
 
@@ -302,10 +252,10 @@ def _unique(
     """
     first: dict[str, tuple[Item, Prompt]] = {}
     errors = RowErrors()
-    for item, text, ids in zip(items, texts, token_ids, strict=True):
-        split = item.split or ("eval" if _falls_into_eval(text, settings.eval_fraction) else "train")
+    for item, text, ids, bad in zip(items, texts, token_ids, given, strict=True):
+        split = _split_of(item, text, settings)
         turns = turns_of(item.content) if settings.chat_template else ()
-        prompt = Prompt(content_id(text), text, ids, item.answer, split, item.columns, turns)
+        prompt = Prompt(content_id(text), text, ids, item.answer, split, item.columns, turns, bad)
         if text not in first:
             first[text] = (item, prompt)
             continue
@@ -317,6 +267,8 @@ def _unique(
                        f"not {known.answer!r}")  # fmt: skip
         elif known.columns != item.columns:
             errors.add(f"{item.where}: same prompt as {earlier.where}, but not the same in the verifiers' columns")
+        elif known.dispreferred != bad:
+            errors.add(f"{item.where}: same prompt as {earlier.where}, but another dispreferred answer; keep one row")
         elif not settings.dedupe:
             errors.add(f"{item.where}: same prompt as {earlier.where}; set prompts.dedupe to true to drop repetitions")
     errors.check()
@@ -324,9 +276,10 @@ def _unique(
     return prompts, len(items) - len(prompts)
 
 
-def _falls_into_eval(text: str, fraction: float) -> bool:
-    """Whether a prompt's hash, as a number in [0, 1), lies below the evaluation share."""
-    return int(content_id("split", text), 16) / 2**64 < fraction
+def _split_of(item: Item, text: str, settings: Prompts) -> str:
+    """The split that the row names, or by whether the prompt's hash, in [0, 1), lies below the evaluation share."""
+    below = int(content_id("split", text), 16) / 2**64 < settings.eval_fraction
+    return item.split or ("eval" if below else "train")
 
 
 def _check_splits(train: Sequence[Prompt], held_out: Sequence[Prompt], settings: Prompts) -> None:
@@ -350,6 +303,6 @@ def _check_splits(train: Sequence[Prompt], held_out: Sequence[Prompt], settings:
 def _digest(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for p in prompts:
-        more = (p.columns,) if p.columns else ()
+        more = [part for part in (p.columns, p.dispreferred) if part]
         digest.update(content_id(p.split, p.id, p.token_ids, p.answer is None, p.answer, *more).encode())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _SIGNED = ("right_from", "wrong_below", "denominator", "entropy_bonus", "entropy_stop")
 _REINFORCED = (*_SIGNED, "form", "clip")
 READS: dict[str, tuple[str, ...]] = {
-    "d2o": ("wrong_below", "self_samples", "self_from", "entropy_stop", "preflight"),
+    "d2o": ("wrong_below", "self_samples", "self_from", "dispreferred_column", "entropy_stop", "preflight"),
     "nsr": (*_REINFORCED, "preflight"),
     "psr": _REINFORCED,
     "w_reinforce": (*_REINFORCED, "positive_weight"),
@@ -76,6 +76,9 @@ class Negative(Block):
     """D2O: at most this many of the policy's own responses stand against a wrong one."""
     self_from: Fraction = 0.5
     """D2O: own responses with a lower P(good) are left out and counted; 0 keeps all."""
+    dispreferred_column: str | None = None
+    """D2O: column of `prompts.source` with a bad answer to each training prompt, the one that own responses stand
+    against; a repetition of it among them is left out. Default: the worst own response, where that is wrong."""
     preflight: Preflight = Preflight()
     """A look at pass@k before negative-only training begins."""
 
@@ -114,6 +117,25 @@ def negative_faults(recipe: Recipe) -> list[str]:
         wrong.append(f"training.reference: {name} knows no reference; take it out")
     if "preflight" in READS[name]:
         wrong += _preflight_faults(recipe)
+    if name == "d2o" and settings.dispreferred_column is not None:
+        wrong += _dispreferred_faults(recipe)
+    return wrong
+
+
+def _dispreferred_faults(recipe: Recipe) -> list[str]:
+    settings, prompts = recipe.training.negative, recipe.prompts
+    column, key = settings.dispreferred_column, "training.negative.dispreferred_column"
+    wrong = []
+    if prompts.source == "arithmetic":
+        wrong.append(f"{key}: reads the column {column!r}, and the built-in task has no columns; name a file")
+    wrong += [
+        f"{key}: {column!r} is prompts.{other} already; name the column of the bad answers"
+        for other in ("prompt_column", "answer_column", "split_column")
+        if getattr(prompts, other) == column
+    ]
+    if "wrong_below" in settings.changed() and settings.preflight.mode != "fallback":
+        wrong.append("training.negative.wrong_below: no one reads it with dispreferred_column, whose answers are wrong "
+                     "whatever their P(good); take it out")  # fmt: skip
     return wrong
 
 

@@ -26,6 +26,17 @@ def content_id(*parts: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """A response that the prompt source brings along, as the policy would have written it.
+
+    Example: Given("580", (8, 11, 3, 1))
+    """
+
+    text: str
+    response_ids: tuple[int, ...]  # [T], ends with the end-of-sequence id
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One question as the policy sees it.
 
@@ -39,6 +50,7 @@ class Prompt:
     split: str  # "train" or "eval"
     columns: tuple[tuple[str, str], ...] = ()  # (name, text) of further columns that verifiers read
     turns: tuple[tuple[str, str], ...] = ()  # (role, text) that a chat template made `text` of; empty without one
+    dispreferred: Given | None = None  # a bad answer to it; training prompts of a recipe that names the column
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from align.preflight import preflight, settled
 from align.progress import track
 from align.recipe import Recipe
 from align.recipe_rl import greedy_per_prompt
-from align.records import Prompt, Sample, Verdict
+from align.records import Given, Prompt, Sample, Verdict
 from align.resampling import plan_resampling
 from align.summary import verifier_rows
 from align.verifiers.base import Item
@@ -266,6 +266,7 @@ def train(run: Run, round_index: int) -> None:
                 samples={s.id: s for stage in _sample_stages(recipe) for s in run.read(round_index, stage)},
                 scores=rows if consumes == "scores" else (),
                 pairs=rows if consumes == "pairs" else (),
+                dispreferred=_dispreferred(run, recipe, round_index),
                 read=lambda stage: run.read(round_index, stage),
             )
             steps = steps_per_round(recipe, len(rows))
@@ -297,6 +298,13 @@ def _sample_stages(recipe: Recipe) -> tuple[str, ...]:
     """The artifacts that hold what a trainer's rows name."""
     made = PAIR_STAGES[recipe.pairs.builder].makes if recipe.training.trainer.consumes == "pairs" else ()
     return ("samples", *made)
+
+
+def _dispreferred(run: Run, recipe: Recipe, round_index: int) -> dict[str, Given]:
+    """By prompt id, the bad answers that the prompt source brings along; read only where the recipe names them."""
+    if recipe.training.negative.dispreferred_column is None:
+        return {}
+    return {p.id: p.dispreferred for p in run.round_prompts(round_index) if p.dispreferred is not None}
 
 
 def _empty_round(run: Run, round_index: int, left_out: Mapping[str, int] | None = None) -> None:

@@ -29,7 +29,7 @@ class PromptFacts:
 
     train: int | None  # None where the source was not read
     eval: int | None
-    longest: int  # tokens; an upper bound where the source was not read
+    longest: int  # tokens, with those of its given answer beyond max_new_tokens; a bound where it was not read
     read: bool
 
 

@@ -4,7 +4,8 @@ P(good) becomes a sign by two thresholds of the recipe: right (+1) from `right_f
 `wrong_below`, and between the two a response is left out and counted.  Only responses that the loss acts on are
 computed.  The loss of a step is the sum over their tokens, divided by the tokens of all judged responses of the step
 (`denominator: all`) or of those computed (`trained`), less `entropy_bonus` times the mean entropy of the latter.  D2O
-sets the policy's own good responses to a prompt against its worst one, and its loss is the mean over prompts.
+sets the policy's own good responses to a prompt against a bad answer that came with it, or against the worst response
+where the recipe names no column of such answers; its loss is the mean over prompts.
 
 A step without anything to act on, such as one where all answers are right, is passed over and counted.  Where the
 entropy of a token falls below `entropy_stop` of what it was in the first step of the run, training ends for good: the
@@ -18,7 +19,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from itertools import groupby
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from align.recipe import Recipe
 from align.recipe_negative import Negative
-from align.records import Sample
+from align.records import Given, Sample
 from align.training.engine import PolicyEngine
 from align.training.first_look import response_sums_of, response_tokens_of
 from align.training.logps import TokenLogProbs, per_response
@@ -74,7 +75,7 @@ def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: 
     d2o = training.algorithm == "d2o"
     groups = scored_groups(data)
     counts["without a score or a token"] = len(data.samples) - sum(map(len, groups.values()))
-    signed = (against_worst if d2o else signs)(groups, training.negative, counts)
+    signed = _signed(groups, data, recipe, counts)
     plans = [
         list(_steps(signed, recipe, f"{recipe.seed}/{data.round}/{epoch}", Counter() if epoch else counts))
         for epoch in range(training.epochs)
@@ -95,6 +96,18 @@ def train_round(engine: PolicyEngine, data: RoundData, recipe: Recipe, on_step: 
             on_step(row)
     trained = sum(row["responses"] for row in rows)
     return mean_report(rows, trained, time.monotonic() - started, counts, stopped=state.get("stopped", ""))
+
+
+def _signed(
+    groups: Mapping[str, Sequence[ScoredRow]], data: RoundData, recipe: Recipe, counts: Counter[str]
+) -> dict[str, list[SignedRow]]:
+    """The round's responses with the signs that its algorithm gives them."""
+    settings = recipe.training.negative
+    if recipe.training.algorithm != "d2o":
+        return signs(groups, settings, counts)
+    if settings.dispreferred_column is None:
+        return against_worst(groups, settings, counts)
+    return against_given(groups, data.dispreferred, settings, counts)
 
 
 def signs(
@@ -126,14 +139,43 @@ def against_worst(
         if worst.score.p_good >= settings.wrong_below:
             counts["of a prompt without a wrong response"] += len(rows)
             continue
-        own = sorted((r.sample for r in others if r.score.p_good >= settings.self_from), key=lambda s: s.id)
-        counts["own samples below self_from"] += len(others) - len(own)
-        if not own:
-            counts["wrong responses without an own sample to stand against"] += 1
-            continue
-        counts["own samples beyond self_samples"] += max(0, len(own) - settings.self_samples)
-        out[prompt] = [*(SignedRow(s, 1) for s in own[: settings.self_samples]), SignedRow(worst.sample, -1)]
+        own = _own_samples(others, settings, counts)
+        if own:
+            out[prompt] = [*own, SignedRow(worst.sample, -1)]
     return out
+
+
+def against_given(
+    groups: Mapping[str, Sequence[ScoredRow]], given: Mapping[str, Given], settings: Negative, counts: Counter[str]
+) -> dict[str, list[SignedRow]]:
+    """D2O as published: each prompt's given answer, and up to `self_samples` responses that pass `self_from`.
+
+    A response with the text of that answer, but for white space around it, would stand against itself.
+    """
+    out: dict[str, list[SignedRow]] = {}
+    for prompt, rows in groups.items():
+        bad = given[prompt]
+        others = [row for row in rows if row.sample.text.strip() != bad.text.strip()]
+        counts["own samples with the text of the dispreferred answer"] += len(rows) - len(others)
+        own = _own_samples(others, settings, counts)
+        if own:
+            out[prompt] = [*own, SignedRow(_as_sample(bad, own[0].sample), -1)]
+    return out
+
+
+def _own_samples(rows: Sequence[ScoredRow], settings: Negative, counts: Counter[str]) -> list[SignedRow]:
+    """Up to `self_samples` of the responses that pass `self_from`, in the order of their ids."""
+    own = sorted((r.sample for r in rows if r.score.p_good >= settings.self_from), key=lambda s: s.id)
+    counts["own samples below self_from"] += len(rows) - len(own)
+    counts["wrong responses without an own sample to stand against"] += not own
+    counts["own samples beyond self_samples"] += max(0, len(own) - settings.self_samples)
+    return [SignedRow(s, 1) for s in own[: settings.self_samples]]
+
+
+def _as_sample(answer: Given, beside: Sample) -> Sample:
+    """A given answer in the place of a response to the same prompt; the policy did not draw it."""
+    name, ids = f"dispreferred:{beside.prompt_id}", answer.response_ids
+    return replace(beside, id=name, response_ids=ids, logprobs=(), text=answer.text, finish_reason="stop")
 
 
 def _sample(row: SignedRow) -> Sample:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from align.errors import InputError
 from align.prompt_sources import RowErrors, read_rows, text_of
-from align.prompts import Item, PromptSet, content_of, render, tokenize
+from align.prompts import PromptSet, content_of
 from align.recipe import Recipe
+from align.rendering import Item, render, response_ids, tokenize
 from align.tasks import arithmetic
 
 if TYPE_CHECKING:
@@ -90,14 +91,10 @@ def _from_file(
     items = [item for item, _ in found]
     texts = render(items, prompts, tokenizer)
     _refuse_held_out(items, texts, prompt_set)
-    prompt_ids = tokenize(items, texts, tokenizer, special=not prompts.chat_template)
-    whole = [text + response for text, (_, response) in zip(texts, found, strict=True)]
-    joined = tokenize(items, whole, tokenizer, special=not prompts.chat_template)
-    alone = tokenize(items, [response for _, response in found], tokenizer, special=False)
-    examples = [
-        Example(p, (*(j[len(p) :] if j[: len(p)] == p and len(j) > len(p) else a), tokenizer.eos_token_id))
-        for p, j, a in zip(prompt_ids, joined, alone, strict=True)
-    ]
+    special = not prompts.chat_template
+    prompt_ids = tokenize(items, texts, tokenizer, special=special)
+    answers = response_ids(items, texts, prompt_ids, [response for _, response in found], tokenizer, special=special)
+    examples = [Example(p, r) for p, r in zip(prompt_ids, answers, strict=True)]
     return _short_enough(items, examples, recipe, context)
 
 

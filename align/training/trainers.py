@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from align.pairs import pairs_per_prompt
-from align.records import Pair, Sample, Score
+from align.records import Given, Pair, Sample, Score
 
 if TYPE_CHECKING:
     from align.recipe import Recipe
@@ -34,6 +34,7 @@ class RoundData:
     samples: Mapping[str, Sample]  # by id; whatever pairs and scores name is in it
     scores: Sequence[Score] = ()
     pairs: Sequence[Pair] = ()
+    dispreferred: Mapping[str, Given] = field(default_factory=dict)  # by prompt id, where the recipe names the column
     read: Callable[[str], list[Any]] = field(default=_nothing)  # another artifact of the round, such as "verdicts"
 
 

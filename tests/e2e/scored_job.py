@@ -15,7 +15,7 @@ import torch
 from align.distributed import Ranks
 from align.errors import AlignError
 from align.recipe import Recipe
-from align.records import Sample, Score, content_id
+from align.records import Given, Sample, Score, content_id
 from align.training.engine import PolicyEngine
 from align.training.trainers import RoundData, train_round
 from tests.e2e.jobs import lean, serve
@@ -30,6 +30,7 @@ def recipe_for(model: str, training: dict[str, Any]) -> Recipe:
         {
             "name": "test",
             "policy": {"model": model, "dtype": "float32"},
+            "prompts": {"source": "asked.jsonl"},
             "sampling": {"samples_per_prompt": RESPONSES, "max_new_tokens": 12, "temperature": 0.8},
             "verifiers": [{"kind": "repetition", "name": "filler"}],
             "training": {**base, **training},
@@ -58,6 +59,11 @@ def responses(prompts: int = 9) -> tuple[dict[str, Sample], list[Score]]:
     return samples, scores
 
 
+def given() -> dict[str, Given]:
+    """Every prompt's bad answer, for a recipe that names their column."""
+    return {f"p{p}": Given(f"bad {p}", (3 + p, 4, 5)) for p in range(9)}
+
+
 def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Train as the job says; reports every step's metrics, the counts and how the better responses fared."""
     recipe = recipe_for(job["model"], job.get("training", {}))
@@ -74,7 +80,8 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     before = lean(engine, samples, scores)
     try:
         for index in range(engine.version, job.get("rounds", 2)):
-            report = train_round(engine, RoundData(index, samples, scores=scores), recipe, steps.append)
+            data = RoundData(index, samples, scores=scores, dispreferred=given())
+            report = train_round(engine, data, recipe, steps.append)
             counts, stopped = report.counts or counts, report.stopped
             warnings += report.warnings
             engine.version = index + 1

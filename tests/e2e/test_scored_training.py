@@ -41,6 +41,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "unlikelihood": {"algorithm": "unlikelihood", "negative": OFF},
 }
 STOPPING = {**MAIN["d2o"], "epochs": 8, "negative": {**OFF, "entropy_stop": 0.98}}
+GIVEN = {**MAIN["d2o"], "negative": {**OFF, "self_samples": 2, "self_from": 0.4, "dispreferred_column": "bad"}}
 CAUTIOUS = {**MAIN["nsr"], "negative": {**OFF, "wrong_below": 0.0}}
 
 pytestmark = pytest.mark.engine
@@ -64,6 +65,7 @@ def jobs_of(ranks: int, where: Path) -> dict[str, dict[str, Any]]:
             found[f"{name} poison"] = {"training": training, "poison": poison()}
         else:
             found[f"{name}2"] = {"training": {**training, "tokens_per_batch": 24, "zero_stage": 2}}
+    found[f"given{ranks}"] = {"training": GIVEN}
     if ranks == 1:
         found |= {name: {"training": training, "rounds": 3} for name, training in OTHERS.items()}
         found["stop"] = {"training": STOPPING, "rounds": 3, "save": str(where / "stop.save")}
@@ -158,6 +160,19 @@ def test_the_first_losses_are_known(reports: Reports) -> None:
     assert column(reports["d2o"][0], "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
     first = reports["nsr"][0]["steps"][0]
     assert first["moved"] == 0.0 and first["right"] == 0.0 and first["wrong"] > 0
+
+
+def test_given_answers_stand_in_for_the_worst_responses(reports: Reports) -> None:
+    """Every prompt with an own sample over `self_from` has its answer unlearned, on one rank as on two."""
+    (one,), two = reports["given1"], reports["given2"]
+    for other in two:
+        assert column(other, "loss") == pytest.approx(column(one, "loss"), abs=1e-5)
+    assert column(one, "loss")[0] == pytest.approx(
+        math.log(2), abs=1e-6
+    )  # their reference is computed with the others'
+    usable = {s.prompt_id for s in responses()[1] if s.p_good >= 0.4}
+    assert sum(row["groups"] for row in one["steps"]) == 2 * 2 * len(usable)  # two rounds of two epochs
+    assert one["steps"][-1]["wrong_ratio"] < -0.1 < 0.0 < one["steps"][-1]["own_ratio"]
 
 
 def test_what_is_left_out_is_counted(reports: Reports) -> None:

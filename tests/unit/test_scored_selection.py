@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
+import torch
+
 from align.recipe import Recipe
 from align.recipe_negative import Negative
-from align.records import Sample, Score
+from align.records import Given, Sample, Score
 from align.training.group import WITHOUT_Z, mismatches, usable, with_company, without_z
-from align.training.negative import Step, _look_at_entropy, _steps, against_worst, signs
+from align.training.losses.negative import d2o
+from align.training.negative import Step, _look_at_entropy, _signed, _steps, against_given, against_worst, signs
 from align.training.scored import ScoredRow, split_units
+from align.training.trainers import RoundData
 
 BLANK = Sample("", "", 0, 0, 0, (4, 5), (7, 1), (-0.1, -0.2), "", "stop", 1.0, 1.0, 0, 8)
 
@@ -34,6 +39,7 @@ def recipe(algorithm: str, **negative: Any) -> Recipe:
             "name": "test",
             "policy": {"model": "some/model"},
             "sampling": {"samples_per_prompt": 4},
+            "prompts": {"source": "asked.jsonl"},
             "verifiers": [{"kind": "noise", "name": "coin"}],
             "training": {"algorithm": algorithm, "responses_per_step": 8, "negative": block},
         }
@@ -107,6 +113,51 @@ def test_d2o_sets_the_good_ones_against_the_worst() -> None:
     }
     unfiltered = against_worst({"r": groups["r"]}, Negative(self_from=0.0), Counter())
     assert [(r.sample.id, r.sign) for r in unfiltered["r"]] == [("rb", 1), ("ra", -1)]
+
+
+def test_d2o_sets_the_good_ones_against_a_given_answer() -> None:
+    """Of the given answer's copies none stands against it; the worst response has no part in it any more."""
+    p = rows("p", [0.9, 0.1, 0.7, 0.8, 0.6])
+    p[4] = replace(p[4], sample=replace(p[4].sample, text=" 580\n"))  # pe
+    groups = {"p": p, "q": rows("q", [0.9, 0.6]), "r": rows("r", [0.1, 0.2])}
+    given = {name: Given("580", (3, 4, 1)) for name in "pqr"}
+    counts: Counter[str] = Counter()
+    found = against_given(groups, given, Negative(self_samples=2), counts)
+    names = {prompt: [(r.sample.id, r.sign) for r in members] for prompt, members in found.items()}
+    assert names == {
+        "p": [("pa", 1), ("pc", 1), ("dispreferred:p", -1)],
+        "q": [("qa", 1), ("qb", 1), ("dispreferred:q", -1)],  # no response of q is wrong, and D2O learns all the same
+    }
+    wrong = found["p"][-1].sample
+    assert (wrong.prompt_id, wrong.prompt_ids, wrong.response_ids) == ("p", (ord("p"),), (3, 4, 1))
+    assert counts == {
+        "own samples with the text of the dispreferred answer": 1,  # pe
+        "own samples below self_from": 3,  # pb, ra and rb
+        "own samples beyond self_samples": 1,  # pd
+        "wrong responses without an own sample to stand against": 1,
+    }
+
+
+def test_the_recipe_decides_what_d2o_stands_against() -> None:
+    """The column's name is what is read: without it the worst response, with it the given answers."""
+    samples = {r.sample.id: r.sample for r in rows("p", [0.9, 0.1])}
+    data = RoundData(0, samples=samples, dispreferred={"p": Given("580", (3, 1))})
+    groups = {"p": rows("p", [0.9, 0.1])}
+    for made, ids in (
+        (recipe("d2o"), ["pa", "pb"]),
+        (recipe("d2o", dispreferred_column="bad"), ["pa", "dispreferred:p"]),
+        (recipe("nsr"), ["pa", "pb"]),
+    ):
+        assert [r.sample.id for r in _signed(groups, data, made, Counter())["p"]] == ids
+
+
+def test_d2o_s_loss_against_a_given_answer_by_hand() -> None:
+    """Log-ratios .5 and .3 of own samples and -1 of the answer, β .2 and α .1: -log σ(.08 + .1) = log(1 + e^-.18)."""
+    found = against_given({"p": rows("p", [0.9, 0.8])}, {"p": Given("580", (3, 1))}, Negative(), Counter())["p"]
+    ratios = {"pa": 0.5, "pb": 0.3, "dispreferred:p": -1.0}
+    own = torch.tensor([sum(ratios[r.sample.id] for r in found if r.sign > 0) / 2])
+    wrong = torch.tensor([sum(ratios[r.sample.id] for r in found if r.sign < 0)])
+    assert d2o(own, wrong, beta=0.2, d2o_alpha=0.1).item() == pytest.approx(0.607192, abs=1e-6)
 
 
 def plan(algorithm: str, **negative: Any) -> tuple[list[Step], Counter[str]]:

@@ -31,7 +31,7 @@ from align.ensemble.combine import combine
 from align.ensemble.dawid_skene import DawidSkene
 from align.ensemble.gate import without_labels
 from align.ensemble.labelled import NaiveBayes
-from align.ensemble.ladder import STANDING, SURE, _compare, _held_out, calibrated, pick, rungs
+from align.ensemble.ladder import STANDING, SURE, _compare, _gains, _held_out, calibrated, pick, rungs
 from align.ensemble.normalise import binarise, row_mean
 from align.ensemble.table import VerdictTable
 from align.evaluation.calibration import brier, expected_calibration_error
@@ -165,13 +165,14 @@ def by_threshold(table: VerdictTable, gold: np.ndarray, labels: int, draws: int)
         ladder = rungs(choice.table, choice, settings)
         rows, held_out = _held_out(choice.table, ladder, seen)
         scores, errors = _compare(held_out, seen[rows], table.prompts[rows], STANDING)
+        gains = _gains(held_out, ladder, seen[rows], table.prompts[rows])
         by_rung = {}
-        for name in {pick(scores, errors, lead) for lead in LEADS}:
+        for name in {pick(scores, errors, gains, lead) for lead in LEADS}:
             fit = ladder[name].model.fit(choice.table, seen if ladder[name].learns else None)
             p_good = calibrated(fit, held_out[name], ladder[name], seen, table.prompts, settings)[0]
             p_good[known] = gold[known]
             by_rung[name] = accuracy(p_good, gold, table.prompts, np.setdiff1d(everything, known))
-        told.append([by_rung[pick(scores, errors, lead)] for lead in LEADS])
+        told.append([by_rung[pick(scores, errors, gains, lead)] for lead in LEADS])
     return alone, np.mean(told, axis=0).tolist()
 
 

@@ -22,7 +22,7 @@ from align.ensemble.normalise import blocks
 MAX_LOGIT = 8.0  # no calibrated probability is beyond odds of e^8
 FINE = 1e-13  # how near 0 and 1 raw probabilities are told apart: the order is kept
 MAX_UNSEEN = 4.0  # and none that no label has seen, beyond e^4
-GRID = 41
+GRID = (np.arange(41) + 0.5) / 41  # [P] success rates of a prompt
 MANY_LABELS = 1000  # from here on isotonic regression has enough to go by
 SLOPE_PRIOR = 4.0  # strength of the pull of the slope to 1, in units of the log loss
 OFFSET_PRIOR = 2.0  # strength of the pull of the offset to 0
@@ -95,10 +95,15 @@ def isotonic(p_good: np.ndarray, labels: np.ndarray, at: np.ndarray) -> np.ndarr
     return np.where(np.isnan(at), np.nan, np.interp(at, middle, np.maximum.accumulate(height)))
 
 
-def log_loss(p_good: np.ndarray, labels: np.ndarray) -> float:
-    """Mean -log of the probability that was given to what is so, on [L]."""
+def log_losses(p_good: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """-log of the probability that was given to what is so, [L]."""
     z = logit(p_good)
-    return float((np.logaddexp(0.0, z) - labels * z).mean())
+    return np.logaddexp(0.0, z) - labels * z
+
+
+def log_loss(p_good: np.ndarray, labels: np.ndarray) -> float:
+    """The mean of log_losses on [L]."""
+    return float(log_losses(p_good, labels).mean())
 
 
 def shift_balance(
@@ -134,41 +139,76 @@ def share_error(labels: np.ndarray, prompts: np.ndarray) -> float:
     return float(np.sqrt((np.square(means - means.mean()).sum() + 0.25) / len(count) ** 2))
 
 
-def share_difficulty(p_good: np.ndarray, balance: float, prompts: np.ndarray, rounds: int = 100) -> np.ndarray:
+@dataclass(frozen=True, slots=True)
+class Difficulty:
+    """A distribution of difficulty over the prompts, and how well each point of it explains each prompt.
+
+    y ~ Bernoulli(d) with d the prompt's own success rate, d from a grid whose weights are fitted to all prompts by EM.
+
+    Example: difficulty(np.array([0.9, 0.8]), 0.5, np.array([7, 7])) has group [0, 0] and odds [9, 4]
+    """
+
+    present: np.ndarray  # [N] bool: the samples with an opinion
+    group: np.ndarray  # [those] the prompt of each, counted from 0
+    odds: np.ndarray  # [those] likelihood ratio of its evidence
+    fit: np.ndarray  # [G, P] log-likelihood of a prompt's evidence at each difficulty
+    weight: np.ndarray  # [P] sums to 1
+
+
+def difficulty(p_good: np.ndarray, balance: float, prompts: np.ndarray, rounds: int = 100) -> Difficulty | None:
+    """The distribution of difficulty that explains P(good) [N]; none where no prompt has two opinions."""
+    present = ~np.isnan(p_good)
+    _, group = np.unique(prompts[present], return_inverse=True)
+    if np.bincount(group, minlength=1).max() < 2:
+        return None
+    odds = np.exp(logit(p_good[present]) - logit(np.array(balance)))
+    count = int(group.max()) + 1
+    fit = np.zeros((count, len(GRID)))
+    for k, d in enumerate(GRID):
+        fit[:, k] = np.bincount(group, np.log1p(d * (odds - 1.0)), count)
+    likelihood = np.exp(fit - fit.max(axis=1, keepdims=True))
+    weight = np.full(len(GRID), 1.0 / len(GRID))
+    for _ in range(rounds - 1):
+        share = np.zeros(len(GRID))  # sum of the posteriors, over the weights
+        for rows in blocks(count):
+            share += (1.0 / (likelihood[rows] @ weight)) @ likelihood[rows]
+        weight = (weight * share + 1.0 / len(GRID)) / (count + 1.0)
+    return Difficulty(present, group, odds, fit, weight)
+
+
+def share_difficulty(p_good: np.ndarray, shared: Difficulty) -> np.ndarray:
     """P(good) [N] with what the other responses to the prompt say of its difficulty.
 
-    y ~ Bernoulli(d) with d the prompt's own success rate, d from a grid whose weights are fitted to all prompts by EM;
-    then q = E[d e^x / (d e^x + 1 - d)] with x the sample's evidence, over the posterior of d given the whole prompt.
-    The order within a prompt stays.
+    q = E[d e^x / (d e^x + 1 - d)] with x the sample's evidence, over the posterior of d given the whole prompt.  The
+    order within a prompt stays.
     """
-    present = ~np.isnan(p_good)
-    out = p_good.copy()
-    if not present.any():
-        return out
-    _, group = np.unique(prompts[present], return_inverse=True)
-    if np.bincount(group).max() < 2:
-        return out
-    odds = np.exp(logit(p_good[present]) - logit(np.array(balance)))  # likelihood ratio
-    grid = (np.arange(GRID) + 0.5) / GRID
-    count = int(group.max()) + 1
-    fit = np.zeros((count, GRID))
-    for k, d in enumerate(grid):
-        fit[:, k] = np.bincount(group, np.log1p(d * (odds - 1.0)), count)
-    fit = np.exp(fit - fit.max(axis=1, keepdims=True))
-    weight = np.full(GRID, 1.0 / GRID)
-    for _ in range(rounds - 1):
-        share = np.zeros(GRID)  # sum of the posteriors, over the weights
-        for rows in blocks(count):
-            share += (1.0 / (fit[rows] @ weight)) @ fit[rows]
-        weight = (weight * share + 1.0 / GRID) / (count + 1.0)
-    found = np.empty(len(odds))
-    for rows in blocks(len(odds)):
-        posterior = fit[group[rows]] * weight
+    likelihood = np.exp(shared.fit - shared.fit.max(axis=1, keepdims=True))
+    found = np.empty(len(shared.odds))
+    for rows in blocks(len(found)):
+        posterior = likelihood[shared.group[rows]] * shared.weight
         posterior /= posterior.sum(axis=1, keepdims=True)
-        good = grid * odds[rows, None]
-        found[rows] = (posterior * (good / (good + 1.0 - grid))).sum(axis=1)
-    out[present] = found
+        good = GRID * shared.odds[rows, None]
+        found[rows] = (posterior * (good / (good + 1.0 - GRID))).sum(axis=1)
+    out = p_good.copy()
+    out[shared.present] = found
     return out
+
+
+def joint_log_loss(shared: Difficulty, known: np.ndarray) -> float:
+    """-log of the probability of all labels [N], NaN where there is none, under one difficulty for each prompt.
+
+    The labels of one prompt are judged together, as E[prod_i P(y_i | x_i, d)] over the posterior of d given the whole
+    prompt's evidence: that siblings go together is what a shared difficulty says, and no label by itself can show it.
+    """
+    labels = known[shared.present]
+    told = np.flatnonzero(~np.isnan(labels))
+    asked, group = np.unique(shared.group[told], return_inverse=True)
+    y, odds = labels[told, None], shared.odds[told, None]
+    each = np.where(y == 1, np.log(GRID * odds), np.log1p(-GRID)) - np.log1p(GRID * (odds - 1.0))
+    given = np.zeros((len(asked), len(GRID)))
+    np.add.at(given, group, each)
+    before = shared.fit[asked] + np.log(shared.weight)
+    return float((np.logaddexp.reduce(before, axis=1) - np.logaddexp.reduce(before + given, axis=1)).sum())
 
 
 def cautious(p_good: np.ndarray, effective: float, voters: float) -> np.ndarray:

@@ -13,9 +13,12 @@ import numpy as np
 from align.ensemble.base import Fit, LabelModel, logit
 from align.ensemble.calibrate import (
     MANY_LABELS,
+    difficulty,
     fit_pairs,
     isotonic,
+    joint_log_loss,
     log_loss,
+    log_losses,
     platt,
     share_difficulty,
     share_error,
@@ -39,6 +42,7 @@ UNLABELLED_ROWS = 4_000  # unlabelled rows that a held-out fit sees; the final f
 SCORED = 400  # labelled rows that rungs are compared on
 RESAMPLES = 100
 SURE = 1.5  # standard errors by which a rung must beat the standing one; 1.5 to 3 choose alike on real votes
+SURE_LOSS = 2.5  # the same in log loss, a second look at as many rungs; heavy tails at 20 labels reach 2.0 for nothing
 WITHIN_PAIRS = 10  # pairs of a good and a bad response to one prompt before those are scored apart
 MAX_MATRIX = 200  # verifiers beyond which a full covariance is not tried
 
@@ -100,12 +104,14 @@ def with_labels(
     ladder = rungs(lean, chosen, settings)
     rows, held_out = _held_out(lean, ladder, labels)
     scores, errors = _compare(held_out, labels[rows], lean.prompts[rows], STANDING)
-    best, first = pick(scores, errors), chosen.method
+    gains = _gains(held_out, ladder, labels[rows], lean.prompts[rows])
+    best, first = pick(scores, errors, gains), chosen.method
     fit = ladder[best].model.fit(lean, labels if ladder[best].learns else None)
     p_good, seen, diagnostics, steps = calibrated(fit, held_out[best], ladder[best], labels, lean.prompts, settings)
     pairs = fit_pairs(seen, labels[rows], lean.prompts[rows])
     diagnostics["pair_correlation"] = pairs.correlation
-    why = _say(scores, errors, best, int(known.sum()), len(np.unique(lean.prompts[known]))) + f"; {steps}"
+    seen_by = f"{int(known.sum())} labels of {len(np.unique(lean.prompts[known]))} prompts"
+    why = f"{_say(scores, errors, gains, best, seen_by)}; {steps}"
     warnings = chosen.warnings
     if scores[first] < 0.5 - errors[first] and best != first:
         warnings += (f"upside down: without labels {first} would have ranked bad responses above good ones",)
@@ -120,10 +126,19 @@ def with_labels(
     return choice, np.where(known, labels, p_good)
 
 
-def pick(scores: Mapping[str, float], errors: Mapping[str, float], sure: float = SURE) -> str:
-    """The rung with the best held-out score where it leads the standing one by `sure` standard errors, else that."""
+def pick(
+    scores: Mapping[str, float], errors: Mapping[str, float], gains: Mapping[str, float], sure: float = SURE
+) -> str:
+    """The rung with the best held-out score where it leads the standing one by `sure` standard errors.
+
+    Else, of those that rank no worse than the standing one, the rung whose log loss is the most standard errors lower
+    (`gains`), where they are more than SURE_LOSS: ranks that are nearly perfect hardly differ where probabilities do.
+    """
     best = max(scores, key=lambda name: scores[name])
-    return best if scores[best] - scores[STANDING] > sure * errors[best] else STANDING
+    if scores[best] - scores[STANDING] > sure * errors[best]:
+        return best
+    best = max((name for name in gains if scores[name] >= scores[STANDING]), key=lambda name: gains[name])
+    return best if gains[best] > SURE_LOSS else STANDING
 
 
 def calibrated(
@@ -153,13 +168,15 @@ def calibrated(
         found = settings.class_balance
         p_good = shift_to(p_good, balance, found)
     p_good[where] = shift_to(both[len(known) :], balance, found)  # the model's own scores there have seen the labels
-    shared = share_difficulty(p_good, found, prompts)
-    apart, together = log_loss(p_good[where], labels), log_loss(shared[where], labels)
-    if together < apart:
-        p_good, said = shared, f"{said}, and what siblings say of a prompt's difficulty"
-    elif together > apart:
+    shared = difficulty(p_good, found, prompts)
+    told |= {"balance": found, "difficulty_shared": 0.0}
+    if shared is None:
+        return p_good, p_good[where], told, said
+    if joint_log_loss(shared, known) < len(labels) * log_loss(p_good[where], labels):
+        p_good, said = share_difficulty(p_good, shared), f"{said}, and what siblings say of a prompt's difficulty"
+        told["difficulty_shared"] = 1.0
+    else:
         said += "; what siblings would say of a prompt's difficulty is left out, as the labels contradict it"
-    told |= {"balance": found, "difficulty_shared": float(together < apart)}
     return p_good, p_good[where], told, said
 
 
@@ -225,6 +242,32 @@ def _compare(
     return scores, errors
 
 
+def _gains(
+    held_out: Mapping[str, np.ndarray], ladder: Mapping[str, Rung], labels: np.ndarray, prompts: np.ndarray
+) -> dict[str, float]:
+    """By how many standard errors the held-out log loss of each rung that is a likelihood is below the standing one's.
+
+    Each is taken as it would be used: scaled on the labels of other prompts, unless it is shrunk already.
+    """
+    group = np.unique(prompts, return_inverse=True)[1]
+    fold, losses = group % FOLDS, {}
+    for name in (name for name in held_out if ladder[name].likelihood):
+        raw = np.nan_to_num(held_out[name], nan=float(labels.mean()))
+        p_good = raw.copy()
+        for f in np.unique(fold) if not ladder[name].shrunk else ():
+            p_good[fold == f] = platt(raw[fold != f], labels[fold != f])(raw[fold == f])
+        losses[name] = log_losses(p_good, labels)
+    gains = {name: losses[STANDING] - loss for name, loss in losses.items()}
+    return {name: float(gain.sum()) / _spread_of_sum(gain, group) for name, gain in gains.items()}
+
+
+def _spread_of_sum(gain: np.ndarray, group: np.ndarray) -> float:
+    """Standard error of the sum of [L] over prompts, and one response told otherwise: as likely as not, not surely."""
+    by_prompt = np.bincount(group, gain - gain.mean())
+    correction = len(by_prompt) / max(len(by_prompt) - 1, 1)
+    return float(np.hypot(np.sqrt(np.square(by_prompt).sum() * correction), np.log(2.0)))
+
+
 def _score(
     win: np.ndarray, same: np.ndarray, within: bool, weight: np.ndarray, good: np.ndarray, bad: np.ndarray
 ) -> float:
@@ -238,10 +281,13 @@ def _score(
     return (overall + float((pairs * same * win).sum() / inner)) / 2 if within and inner > 0 else overall
 
 
-def _say(scores: Mapping[str, float], errors: Mapping[str, float], best: str, labels: int, prompts: int) -> str:
+def _say(
+    scores: Mapping[str, float], errors: Mapping[str, float], gains: Mapping[str, float], best: str, labels: str
+) -> str:
     told = ", ".join(f"{name} {value:.3f}" for name, value in sorted(scores.items(), key=lambda x: -x[1]))
-    head = f"auto: {best} on {labels} labels of {prompts} prompts (held-out ranking: {told})"
+    head, against = f"auto: {best} on {labels} (held-out ranking: {told})", "what would be used without labels"
     if best == STANDING:
-        return f"{head}; no rung is surely better than what would be used without labels, corrected by them"
+        return f"{head}; no rung is surely better than {against}, corrected by them"
     lead = f"{scores[best] - scores[STANDING]:.3f} (standard error {errors[best]:.3f})"
-    return f"{head}; it leads what would be used without labels, corrected by them, by {lead}"
+    also = f", and its log loss is {gains[best]:.1f} standard errors lower" if gains.get(best, 0.0) > 0 else ""
+    return f"{head}; it leads {against}, corrected by them, by {lead}{also}"

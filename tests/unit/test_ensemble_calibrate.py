@@ -11,10 +11,13 @@ import pytest
 
 from align.ensemble.base import Fit, logit, sigmoid
 from align.ensemble.calibrate import (
+    GRID,
     PairProbability,
     cautious,
+    difficulty,
     fit_pairs,
     isotonic,
+    joint_log_loss,
     log_loss,
     pairs_within,
     platt,
@@ -105,12 +108,34 @@ def test_siblings_say_how_hard_a_prompt_is() -> None:
     prompts = np.repeat(np.arange(300), 12)
     y = (rng.random(3600) < rate[prompts]).astype(float)
     alone = sigmoid(np.where(y == 1, 0.5, -0.5) + rng.normal(size=3600))  # d' = 1
-    shared = share_difficulty(alone, 0.5, prompts)
+    found = difficulty(alone, 0.5, prompts)
+    assert found is not None
+    shared = share_difficulty(alone, found)
     assert (brier(shared, y) or 1) < (brier(alone, y) or 0) - 0.02
     assert (expected_calibration_error(shared, y) or 1) < 0.04
     first = np.argsort(alone[:12])
     assert (np.diff(shared[:12][first]) >= 0).all()
-    np.testing.assert_array_equal(share_difficulty(alone, 0.5, np.arange(3600)), alone)
+    assert difficulty(alone, 0.5, np.arange(3600)) is None  # nobody has siblings
+
+
+def test_the_labels_of_one_prompt_are_judged_together_by_hand() -> None:
+    p, prompts = np.array([0.9, 0.8, NAN, 0.5, 0.3, 0.6]), np.array([4, 4, 4, 4, 9, 9])
+    found = difficulty(p, 0.4, prompts)
+    assert found is not None and found.weight.sum() == pytest.approx(1.0)
+    odds = p / (1 - p) * (0.6 / 0.4)
+    terms = {0: (1.0, 0.0), 1: (0.0, 1.0)}  # what (1 - d) and d x odds are worth under a label
+
+    def chance(rows: list[int], labels: dict[int, int]) -> float:
+        each = [[terms[labels[i]] if i in labels else (1.0, 1.0)] for i in rows]
+        parts = [(1 - GRID) * e[0][0] + GRID * odds[i] * e[0][1] for i, e in zip(rows, each, strict=True)]
+        return float((found.weight * np.prod(parts, axis=0)).sum())
+
+    known = np.array([1.0, NAN, NAN, 0.0, 0.0, NAN])
+    expected = chance([0, 1, 3], {0: 1, 3: 0}) / chance([0, 1, 3], {}) * chance([4, 5], {4: 0}) / chance([4, 5], {})
+    assert joint_log_loss(found, known) == pytest.approx(-np.log(expected), rel=1e-9)
+    assert joint_log_loss(found, np.full(6, NAN)) == 0.0
+    one = np.array([NAN, 1.0, NAN, NAN, NAN, NAN])  # a single label of a prompt is judged as by share_difficulty
+    assert joint_log_loss(found, one) == pytest.approx(-np.log(share_difficulty(p, found)[1]), rel=1e-6)
 
 
 def test_caution_scales_log_odds_by_the_effective_number() -> None:
@@ -186,19 +211,26 @@ def test_siblings_are_listened_to_where_the_labels_bear_it_out() -> None:
         np.testing.assert_array_equal(seen, p[shown])
 
 
-def test_two_in_a_hundred_labelled_prompts_calibrate_responses_and_pairs() -> None:
-    rng = np.random.default_rng(1)
+@pytest.mark.parametrize(("block", "seed"), [(0, 1), (4, 2), (4, 3)])
+def test_two_in_a_hundred_labelled_prompts_calibrate_responses_and_pairs(block: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
     prompts = np.repeat(np.arange(300), 16)
     y = (rng.random(4800) < rng.beta(0.6, 0.8, 300)[prompts]).astype(float)
-    scores = y[:, None] * np.linspace(0.3, 1.6, 9) + rng.normal(size=(4800, 9))
+    noise = rng.normal(size=(4800, 9))
+    noise[:, :block] = np.sqrt(0.4) * noise[:, :block] + np.sqrt(0.6) * rng.normal(size=(4800, 1))  # a shared error
     ids = tuple(str(i) for i in range(4800))
+    scores = y[:, None] * np.linspace(0.3, 1.6, 9) + noise
     table = VerdictTable(scores, tuple("abcdefghi"), ("score",) * 9, ("",) * 9, prompts, ids=ids)
     combined = combine(table, Ensemble(), {ids[i]: bool(y[i]) for i in range(6 * 16)})
     p, truth = combined.p_good[96:], y[96:]
     assert (expected_calibration_error(p, truth) or 1) < 0.04
     a, b = pairs_within(prompts[96:][:1600])
-    win = np.array([combined.pairs(x, z)[0] for x, z in zip(p[a].tolist(), p[b].tolist(), strict=True)])
+    win = combined.pairs.of(p[a], p[b])[0]
     assert (expected_calibration_error(win, (truth[a] > truth[b]).astype(float)) or 1) < 0.05
+    first = np.arange(0, len(p), 16)
+    best, worst = first + p.reshape(-1, 16).argmax(axis=1), first + p.reshape(-1, 16).argmin(axis=1)
+    win = combined.pairs.of(p[best], p[worst])[0]  # extremes of one prompt: where a shared difficulty shows
+    assert (expected_calibration_error(win, (truth[best] > truth[worst]).astype(float)) or 1) < 0.08
 
 
 # ---- patterns and streams ----------------------------------------------------------------------------------------

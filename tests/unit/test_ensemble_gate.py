@@ -11,8 +11,10 @@ from align.ensemble.channels import Channel, channels
 from align.ensemble.combine import combine
 from align.ensemble.dawid_skene import DawidSkene
 from align.ensemble.diagnostics import collapsed, effective_number, two_camps
+from align.ensemble.gaussian import GaussianEM
 from align.ensemble.jury import ballot, correlations, juror_weights, weighted_median
-from align.ensemble.ladder import pick
+from align.ensemble.ladder import SURE_LOSS, Rung, _gains, pick
+from align.ensemble.mean import Mean
 from align.ensemble.prepare import determined, explained_variance, learning_sets, within_prompts, without
 from align.ensemble.table import VerdictTable
 from align.evaluation.report import accuracy, auc
@@ -193,10 +195,33 @@ def test_without_labels_p_good_is_held_back_and_its_order_and_side_kept() -> Non
 
 
 def test_a_rung_must_surely_lead_the_standing_one() -> None:
-    scores = {"corrected": 0.8, "logistic": 0.9, "mean": 0.7}
-    assert pick(scores, {"corrected": 0.0, "logistic": 0.06, "mean": 0.01}) == "logistic"
-    assert pick(scores, {"corrected": 0.0, "logistic": 0.07, "mean": 0.01}) == "corrected"
-    assert pick(scores, {"corrected": 0.0, "logistic": 0.07, "mean": 0.01}, sure=1.0) == "logistic"
+    scores, even = {"corrected": 0.8, "logistic": 0.9, "mean": 0.7}, {"corrected": 0.0, "logistic": 1.4}
+    assert pick(scores, {"corrected": 0.0, "logistic": 0.06, "mean": 0.01}, even) == "logistic"
+    assert pick(scores, {"corrected": 0.0, "logistic": 0.07, "mean": 0.01}, even) == "corrected"
+    assert pick(scores, {"corrected": 0.0, "logistic": 0.07, "mean": 0.01}, even, sure=1.0) == "logistic"
+
+
+def test_probabilities_decide_where_ranks_do_not() -> None:
+    scores = {"corrected": 0.97, "gaussian": 0.98, "naive_bayes": 0.96}
+    errors = dict.fromkeys(scores, 0.01)
+    assert pick(scores, errors, {"corrected": 0.0, "gaussian": 2.6, "naive_bayes": 3.0}) == "gaussian"  # ranks no worse
+    assert pick(scores, errors, {"corrected": 0.0, "gaussian": 2.4, "naive_bayes": 3.0}) == "corrected"
+
+
+def test_a_gain_in_log_loss_is_counted_in_prompts_and_only_of_likelihoods() -> None:
+    ladder = {
+        "corrected": Rung(Mean(2.0), learns=True, shrunk=True),
+        "gaussian": Rung(GaussianEM(), learns=False),
+        "mean": Rung(Mean(2.0), learns=False, likelihood=False),
+    }
+    labels, prompts = np.tile([0.0, 1.0], 30), np.repeat(np.arange(10), 6)
+    unsure, sure = np.where(labels == 1, 0.6, 0.4), np.where(labels == 1, 0.95, 0.05)
+    gains = _gains({"corrected": unsure, "gaussian": sure, "mean": sure}, ladder, labels, prompts)
+    assert set(gains) == {"corrected", "gaussian"} and gains["corrected"] == 0.0 and gains["gaussian"] > 10
+    one = np.where(prompts == 0, sure, unsure)  # all that is gained is gained on one prompt
+    ladder["as_it_is"] = Rung(GaussianEM(), learns=False, shrunk=True)
+    assert 0.0 < _gains({"corrected": unsure, "as_it_is": one}, ladder, labels, prompts)["as_it_is"] < SURE_LOSS
+    assert _gains({"corrected": sure, "gaussian": unsure}, ladder, labels, prompts)["gaussian"] < 0
 
 
 def test_a_few_labelled_prompts_mend_a_shared_error() -> None:

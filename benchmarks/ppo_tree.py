@@ -6,6 +6,13 @@ Vocabulary of 5 with an end of sequence, at most 4 tokens: 85 responses that end
 it.  A random reference and random scores; a table of logits as policy and one of values as critic.  With the KL in the
 reward the best policy is π* ∝ π_ref exp(R / β), and what it reaches is J* = β log Σ π_ref exp(R / β).
 
+The project's are `estimate` (KL in the reward, GAE, whitening), the clipped losses of policy and critic and the weights
+of their tokens: those that `align.training.policy_gradient.train_round` uses.  The benchmark's own are the tree, the
+sampling, one Adam over both tables in float64 with a learning rate that falls to 0, whole batches as steps, and
+`step_loss`, which puts the losses together and lets policy and critic step at once.  Left out is what lies around the
+mathematics: networks, packing, ranks, DeepSpeed.  `tests/unit/test_ppo_tree.py` runs `train_round` on the same two
+tables and compares the steps.
+
 A right implementation comes within .01 of J* and within .02 of π* in total variation; each of the classic mistakes
 misses one of the two by far.
 """
@@ -122,32 +129,40 @@ def train(tree: Tree, variant: str, seed: int, iterations: int = 400, batch: int
     logits = torch.tensor(tree.reference, dtype=torch.float64, requires_grad=True)
     values = torch.zeros(len(tree.reference), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([{"params": [logits]}, {"params": [values]}], lr=0.03, eps=1e-5)
-    places = np.arange(LONGEST)
     for iteration in range(iterations):
         for group in optimizer.param_groups:
             group["lr"] = 0.03 * (1.0 - iteration / iterations)
         table = torch.log_softmax(logits, -1).detach().numpy()
         chances = np.exp(tree.logprobs(table))
         drawn = rng.choice(len(chances), size=batch, p=chances / chances.sum())
-        lengths = tree.lengths[drawn]
-        real = places < lengths[:, None]
-        states, tokens = tree.states[drawn][real], tree.tokens[drawn][real]
-        rollouts = Rollouts(
-            ids=[str(i) for i in drawn],
-            groups=[""] * batch,
-            lengths=lengths,
-            scores=tree.scores[drawn],
-            old=table[states, tokens],
-            reference=tree.reference[states, tokens],
-            values=values.detach().numpy()[states].copy(),
-        )
+        rollouts, where = rollouts_of(tree, table, values.detach().numpy(), drawn)
         pushes, returns = estimates(rollouts, rl, variant)
         columns = [torch.from_numpy(c) for c in (rollouts.old, pushes, rollouts.values, returns)]
         for _ in range(epochs):
             optimizer.zero_grad()
-            step_loss(logits, values, (states, tokens), columns, torch.from_numpy(lengths), rl).backward()
+            step_loss(logits, values, where, columns, torch.from_numpy(rollouts.lengths), rl).backward()
             optimizer.step()
     return torch.log_softmax(logits, -1).detach().numpy()
+
+
+def rollouts_of(
+    tree: Tree, table: np.ndarray, values: np.ndarray, drawn: np.ndarray
+) -> tuple[Rollouts, tuple[np.ndarray, np.ndarray]]:
+    """The responses with these numbers as a round sees them, under a policy's log-probabilities [85, 5] and a critic's
+    values [85]; and the state and token [N] of each position."""
+    lengths = tree.lengths[drawn]
+    real = np.arange(LONGEST) < lengths[:, None]
+    states, tokens = tree.states[drawn][real], tree.tokens[drawn][real]
+    rollouts = Rollouts(
+        ids=[str(i) for i in drawn],
+        groups=[""] * len(drawn),
+        lengths=lengths,
+        scores=tree.scores[drawn],
+        old=table[states, tokens],
+        reference=tree.reference[states, tokens],
+        values=values[states].copy(),
+    )
+    return rollouts, (states, tokens)
 
 
 def step_loss(

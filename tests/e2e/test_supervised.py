@@ -1,4 +1,7 @@
-"""Every supervised loss under DeepSpeed: ranks and small batches change nothing, a resumed round is the same."""
+"""Every supervised loss under DeepSpeed: ranks and small batches change nothing, a resumed round is the same.
+
+The gradient of a single step is compared in test_layout.py.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from align.errors import InputError
 from align.prompt_sources import RowErrors, text_of
 from align.recipe import Recipe
 from align.records import Given
-from align.rendering import Item, response_ids
+from align.rendering import Item, beyond_context, response_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,13 +41,6 @@ def given_answers(
     special = not recipe.prompts.chat_template
     ids = response_ids(items, texts, token_ids, answers, tokenizer, special=special)
     lengths = [len(p) + len(r) for p, r in zip(token_ids, ids, strict=True)]
-    too_long = {i for i, length in enumerate(lengths) if context is not None and length > context}
-    allowed = recipe.prompts.max_dropped_fraction
-    if len(too_long) > allowed * len(items):
-        named = "\n".join(f"{items[i].where}: {lengths[i]} tokens with its answer" for i in sorted(too_long)[:5])
-        raise InputError(
-            f"{named}\n{KEY}: {len(too_long)} of {len(items)} training rows are longer than the model's context of "
-            f"{context} tokens; shorten or remove them, or raise prompts.max_dropped_fraction (now {allowed})"
-        )
+    too_long = beyond_context(items, lengths, context, recipe.prompts, (KEY, "training rows", "answer"))
     made = zip(answers, ids, strict=True)
     return [None if i in too_long else Given(text, answer) for i, (text, answer) in enumerate(made)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from align.errors import InputError
 from align.prompt_sources import Row, RowErrors
 from align.recipe import Prompts
 
@@ -107,3 +108,22 @@ def response_ids(
         (*(j[len(p) :] if j[: len(p)] == p and len(j) > len(p) else a), tokenizer.eos_token_id)
         for p, j, a in zip(prompt_ids, joined, alone, strict=True)
     ]
+
+
+def beyond_context(
+    items: Sequence[Item], lengths: Sequence[int], context: int | None, settings: Prompts, named: tuple[str, str, str]
+) -> set[int]:
+    """Places of the rows of more tokens, prompt and answer together, than the model's context.
+
+    `named` is (key, what the rows are, what the answer is) for the InputError where those are more than
+    `prompts.max_dropped_fraction`.
+    """
+    too_long = [i for i, length in enumerate(lengths) if context is not None and length > context]
+    allowed, (key, rows, answer) = settings.max_dropped_fraction, named
+    if len(too_long) > allowed * len(items):
+        shown = "\n".join(f"{items[i].where}: {lengths[i]} tokens with its {answer}" for i in too_long[:5])
+        raise InputError(
+            f"{shown}\n{key}: {len(too_long)} of {len(items)} {rows} are longer than the model's context of {context} "
+            f"tokens; shorten or remove them, or raise prompts.max_dropped_fraction (now {allowed})"
+        )
+    return set(too_long)

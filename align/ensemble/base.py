@@ -93,6 +93,11 @@ def match_balance(p_good: np.ndarray, balance: float) -> np.ndarray:
     return sigmoid(logit + (low + high) / 2)
 
 
+def wins(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """[good, bad]: 1 where a good response stands above a bad one, 0 where below, one half where they are level."""
+    return 0.5 + 0.5 * np.sign(good[:, None] - bad[None])
+
+
 def logit(p: np.ndarray, edge: float = 1e-6) -> np.ndarray:
     """log(p / (1 - p)), with p held `edge` away from 0 and 1; NaN stays NaN."""
     p = np.clip(p, edge, 1.0 - edge)

@@ -15,9 +15,8 @@ from align.ensemble.logistic import centred, enough, shrunk_logistic
 from align.ensemble.normalise import normalise
 from align.ensemble.table import VerdictTable
 
-RIDGE = (
-    2.0  # pull of a verifier's own weight to 0; a verdict is 0 to 1, so one verifier moves the log-odds by about 0.7
-)
+RIDGE = 2.0
+"""Pull of a verifier's own weight to 0; a verdict is 0 to 1, so one verifier moves the log-odds by about 0.7."""
 
 
 @dataclass(frozen=True, slots=True)

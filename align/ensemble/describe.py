@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from align.ensemble.base import wins
 from align.ensemble.channels import channels
 from align.ensemble.dawid_skene import DawidSkene
 from align.ensemble.diagnostics import effective_number, residual_correlations
@@ -92,8 +93,8 @@ def against_labels(p_good: np.ndarray, labels: np.ndarray) -> tuple[str, ...]:
     good, bad = p_good[known & (labels == 1)], p_good[known & (labels == 0)]
     if not len(good) or not len(bad):
         return ()
-    wins = 0.5 + 0.5 * np.sign(good[:, None] - bad[None])
+    share = float(wins(good, bad).mean())
     error = 0.5 / np.sqrt(min(len(good), len(bad)))
-    if wins.mean() >= 0.5 - error:
+    if share >= 0.5 - error:
         return ()
-    return (f"upside down: on the labels a good response stands above a bad one only {wins.mean():.0%} of the time",)
+    return (f"upside down: on the labels a good response stands above a bad one only {share:.0%} of the time",)

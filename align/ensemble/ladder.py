@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from align.ensemble.base import Fit, LabelModel, logit
+from align.ensemble.base import Fit, LabelModel, logit, wins
 from align.ensemble.calibrate import (
     MANY_LABELS,
     difficulty,
@@ -226,15 +226,15 @@ def _compare(
     y, group = labels[rows], np.unique(prompts[rows], return_inverse=True)[1]
     good, bad = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
     same = group[good][:, None] == group[bad][None]
-    wins = {}
+    above = {}
     for name, p_good in held_out.items():
         x = np.nan_to_num(p_good[rows], nan=0.5)
-        wins[name] = 0.5 + 0.5 * np.sign(x[good][:, None] - x[bad][None])
+        above[name] = wins(x[good], x[bad])
     within = same.sum() >= WITHIN_PAIRS
     groups = int(group.max()) + 1
     draws = np.vstack([np.ones(groups), rng.multinomial(groups, np.full(groups, 1.0 / groups), RESAMPLES)])
     table = {
-        name: np.array([_score(win, same, within, d[group], good, bad) for d in draws]) for name, win in wins.items()
+        name: np.array([_score(win, same, within, d[group], good, bad) for d in draws]) for name, win in above.items()
     }
     scores = {name: float(values[0]) for name, values in table.items()}
     floor = 0.5 / max(min(len(good), len(bad)), 1)  # one response ranked otherwise; perfect ranks have no spread

@@ -14,6 +14,7 @@ from math import comb
 
 import numpy as np
 
+from align.ensemble.base import wins
 from align.ensemble.normalise import row_mean, row_spread
 
 SURE = 2.5  # standard errors below one half; of ten parts that are ranked by a coin, chance warns once in sixteen
@@ -44,12 +45,12 @@ def upside_down_in_part(
         fifth = np.searchsorted(np.unique(np.quantile(feature, FIFTHS)), feature)
         for k in np.unique(fifth):
             inside = fifth == k
-            wins, error = _ranking(p[inside], y[inside], group[inside])
-            if wins < 0.5 - SURE * error:
+            share, error = _ranking(p[inside], y[inside], group[inside])
+            if share < 0.5 - SURE * error:
                 low, high = feature[inside].min(), feature[inside].max()
                 said.append(
                     f"upside down in part: of the {inside.sum()} labelled responses with {name} {low:.2f} to "
-                    f"{high:.2f} a good one stands above a bad one only {wins:.0%} of the time"
+                    f"{high:.2f} a good one stands above a bad one only {share:.0%} of the time"
                 )
     against, several = _reversed_prompts(p, y, group)
     if several and _at_least(against, several, BY_CHANCE) < RARE:
@@ -66,8 +67,12 @@ def _ranking(p: np.ndarray, y: np.ndarray, group: np.ndarray) -> tuple[float, fl
     a, b = len(np.unique(group[y == 1])), len(np.unique(group[y == 0]))
     if min(a, b) < FEWEST:
         return 0.5, np.inf
-    wins = float((0.5 + 0.5 * np.sign(good[:, None] - bad[None])).mean())
-    return wins, float(np.sqrt((a + b + 1) / (12 * a * b)))
+    return float(wins(good, bad).mean()), _coin_error(a, b)
+
+
+def _coin_error(good: int, bad: int) -> float:
+    """Standard error of the share of so many good ones above so many bad ones that a coin ranks (Mann-Whitney)."""
+    return float(np.sqrt((good + bad + 1) / (12 * good * bad)))
 
 
 def _reversed_prompts(p: np.ndarray, y: np.ndarray, group: np.ndarray) -> tuple[int, int]:
@@ -77,11 +82,10 @@ def _reversed_prompts(p: np.ndarray, y: np.ndarray, group: np.ndarray) -> tuple[
         inside = group == prompt
         good, bad = p[inside & (y == 1)], p[inside & (y == 0)]
         a, b = len(good), len(bad)
-        if not a or not b or 0.5 / np.sqrt((a + b + 1) / (12 * a * b)) < -REVERSED:
+        if not a or not b or 0.5 / _coin_error(a, b) < -REVERSED:
             continue
         several += 1
-        wins = float((0.5 + 0.5 * np.sign(good[:, None] - bad[None])).mean())
-        against += (wins - 0.5) / np.sqrt((a + b + 1) / (12 * a * b)) < REVERSED
+        against += (float(wins(good, bad).mean()) - 0.5) / _coin_error(a, b) < REVERSED
     return int(against), several
 
 

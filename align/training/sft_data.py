@@ -12,7 +12,7 @@ from align.errors import InputError
 from align.prompt_sources import RowErrors, read_rows, text_of
 from align.prompts import PromptSet, content_of
 from align.recipe import Recipe
-from align.rendering import Item, render, response_ids, tokenize
+from align.rendering import Item, beyond_context, render, response_ids, tokenize
 from align.tasks import arithmetic
 
 if TYPE_CHECKING:
@@ -112,19 +112,11 @@ def _short_enough(
     items: Sequence[Item], examples: list[Example], recipe: Recipe, context: int | None
 ) -> tuple[list[Example], int]:
     """The examples that fit the model's context, and how many do not; refuses where those are too many."""
-    if context is None:
-        return examples, 0
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
-    too_long = [i for i, length in enumerate(lengths) if length > context]
-    allowed = recipe.prompts.max_dropped_fraction
-    if len(too_long) > allowed * len(examples):
-        named = "\n".join(f"{items[i].where}: {lengths[i]} tokens with its response" for i in too_long[:5])
-        raise InputError(
-            f"{named}\ncold_start.source: {len(too_long)} of {len(examples)} rows are longer than the model's context "
-            f"of {context} tokens; shorten or remove them, or raise prompts.max_dropped_fraction (now {allowed})"
-        )
-    kept = [e for e, length in zip(examples, lengths, strict=True) if length <= context]
-    if not kept:
+    named = ("cold_start.source", "rows", "response")
+    too_long = beyond_context(items, lengths, context, recipe.prompts, named)
+    kept = [e for i, e in enumerate(examples) if i not in too_long]
+    if too_long and not kept:
         raise InputError("cold_start.source: no row fits the model's context; shorten them")
     return kept, len(too_long)
 

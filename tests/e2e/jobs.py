@@ -21,22 +21,30 @@ from align.training.engine import PolicyEngine
 ROOT = Path(__file__).parents[2]
 
 
-def launch(ranks: int, jobs: dict[str, dict[str, Any]], where: Path, label: str, script: str) -> list[dict[str, Any]]:
-    """Run the jobs on this many processes; every rank's reports by job."""
-    file = where / f"{label}.json"
-    file.write_text(json.dumps({"out": str(where / label), "jobs": jobs}))
+def on_ranks(count: int, command: list[str], settings: dict[str, str], *, named_alone: bool, timeout_s: float) -> None:
+    """Run the command in this many processes that can meet; fails with their words where one does not end well.
+
+    `named_alone`: a single process too finds the variables of a rank.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        environment |= {key: str(value) for key, value in place.items()} if ranks > 1 else {}
-        command = [sys.executable, str(Path(__file__).with_name(script)), str(file)]
+    for rank in range(count):
+        place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **settings}
+        environment |= {key: str(value) for key, value in place.items()} if count > 1 or named_alone else {}
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    errors = [process.communicate(timeout=540)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)[-3000:]
+    errors = [process.communicate(timeout=timeout_s)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(errors)[-3000:]
+
+
+def launch(ranks: int, jobs: dict[str, dict[str, Any]], where: Path, label: str, script: str) -> list[dict[str, Any]]:
+    """Run the jobs on this many processes; every rank's reports by job."""
+    file = where / f"{label}.json"
+    file.write_text(json.dumps({"out": str(where / label), "jobs": jobs}))
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(file)]
+    on_ranks(ranks, command, {"DS_ACCELERATOR": "cpu"}, named_alone=False, timeout_s=540)
     return [json.loads(Path(f"{where / label}.{rank}").read_text()) for rank in range(ranks)]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +24,8 @@ from align.recipe import Recipe, Scratch
 from align.training.scratch import create_model
 from align.training.sft import _batching, _row_order, cold_start
 from align.training.sft_data import Example, prepare
+from tests.e2e.jobs import on_ranks
 
-ROOT = Path(__file__).parents[2]
 JOB = Path(__file__).with_name("sft_job.py")
 CONTEXT = 64
 SHAPE = Scratch(hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=1, head_dim=32, context=CONTEXT)
@@ -164,18 +162,7 @@ def start(count: int, recipe: Recipe, model_dir: Path, out: Path) -> list[dict[s
     """Run the job on `count` processes; returns every rank's report."""
     out.mkdir()
     text = json.dumps({"recipe": recipe.model_dump(mode="json"), "model": str(model_dir), "out": str(out)})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(count):
-        place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **{k: str(v) for k, v in place.items()}, "PYTHONPATH": str(ROOT)}
-        environment["OMP_NUM_THREADS"] = "1"
-        command = [sys.executable, str(JOB), text]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE))
-    errors = [p.communicate(timeout=300)[1].decode() for p in processes]
-    assert [p.returncode for p in processes] == [0] * count, "\n".join(errors)[-3000:]
+    on_ranks(count, [sys.executable, str(JOB), text], {}, named_alone=True, timeout_s=300)
     return [json.loads((out / f"report.{rank}.json").read_text()) for rank in range(count)]
 
 
